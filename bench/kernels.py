@@ -1,0 +1,113 @@
+"""Speed of every kernel on one core, compiled against NumPy.
+
+Owns   the inputs and the clock: CPU time of this thread, median of the repeats, GB/s of input bytes.
+Never  asserts anything; tests/test_kernels.py says whether the two agree.
+
+    python bench/kernels.py [--size-mib 64] [--repeats 7] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deltackpt import kernels
+from deltackpt.chunking import Chunker
+from deltackpt.types import U8
+
+CHUNK_SIZE = 256 << 10
+
+
+def noise(size: int) -> U8:
+    return np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+
+
+def cut_pass(data: U8, align: int, cut: Callable[..., Any]) -> None:
+    chunker = Chunker()
+    cut(data, align, chunker.min_size, chunker.max_size, chunker.threshold(align))
+
+
+def split_pass(data: U8, itemsize: int, split: Callable[..., Any]) -> None:
+    for start in range(0, data.size, CHUNK_SIZE):
+        split(data[start : start + CHUNK_SIZE], itemsize, True)
+
+
+def join_pass(data: U8, itemsize: int, join: Callable[..., Any]) -> None:
+    out = np.empty(CHUNK_SIZE, np.uint8)
+    for start in range(0, data.size, CHUNK_SIZE):
+        join(data[start : start + CHUNK_SIZE], itemsize, True, out)
+
+
+def entropy_pass(data: U8, itemsize: int, entropy: Callable[..., Any]) -> None:
+    plane_size = CHUNK_SIZE // itemsize
+    for start in range(0, data.size, plane_size):
+        entropy(data[start : start + plane_size])
+
+
+#: Name, one pass over the data, its width, the dispatching function, its twin.
+CASES: list[
+    tuple[str, Callable[[U8, int, Callable[..., Any]], None], int, Callable[..., Any], Callable[..., Any]]
+] = [
+    *(("cut", cut_pass, align, kernels.cut, kernels.cut_ref) for align in (2, 4, 8)),
+    *(("split_planes", split_pass, w, kernels.split_planes, kernels.split_planes_ref) for w in (1, 2, 4, 8)),
+    *(("join_planes", join_pass, w, kernels.join_planes, kernels.join_planes_ref) for w in (1, 2, 4, 8)),
+    ("entropy", entropy_pass, 4, kernels.entropy, kernels.entropy_ref),
+]
+
+
+def speed(run: Callable[[], None], size: int, repeats: int) -> float:
+    """GB/s of CPU time, median of `repeats` after one warm-up."""
+    run()
+    times_s = []
+    for _ in range(repeats):
+        start_s = time.thread_time()
+        run()
+        times_s.append(time.thread_time() - start_s)
+    return size / statistics.median(times_s) / 1e9
+
+
+def measure(size: int, repeats: int) -> list[dict[str, Any]]:
+    data = noise(size)
+    rows = []
+    for name, one_pass, width, native, twin in CASES:
+        row: dict[str, Any] = {"kernel": name, "width": width, "c_gb_s": None}
+        if kernels.NATIVE:
+            row["c_gb_s"] = speed(lambda p=one_pass, w=width, f=native: p(data, w, f), size, repeats)
+        row["numpy_gb_s"] = speed(lambda p=one_pass, w=width, f=twin: p(data, w, f), size, repeats)
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], size: int, repeats: int) -> None:
+    print(
+        f"{kernels.describe()}; {size >> 20} MiB of noise, median of {repeats}, GB/s of one core's CPU time"
+    )
+    print(f"{'kernel':<14}{'width':>6}{'C':>8}{'NumPy':>8}")
+    for row in rows:
+        native = f"{row['c_gb_s']:.2f}" if row["c_gb_s"] else "-"
+        print(f"{row['kernel']:<14}{row['width']:>6}{native:>8}{row['numpy_gb_s']:>8.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size-mib", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    size = options.size_mib << 20
+    rows = measure(size, options.repeats)
+    if options.json:
+        report = {"kernels": kernels.describe(), "size": size, "repeats": options.repeats, "rows": rows}
+        print(json.dumps(report, indent=2))
+    else:
+        print_table(rows, size, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

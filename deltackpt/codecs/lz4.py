@@ -1,0 +1,40 @@
+"""Codec 1: one lz4 block; for bytes that repeat in runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import lz4.block
+import numpy as np
+
+from deltackpt.errors import CorruptError
+from deltackpt.types import U8
+
+if TYPE_CHECKING:
+    from deltackpt.codecs import Kind
+
+log = logging.getLogger("deltackpt")
+
+NUMBER = 1
+NAME = "lz4"
+
+
+def encode(data: U8, kind: Kind) -> bytes:
+    """Return an lz4 block without the size in front, decoded again before anybody relies on it."""
+    block: bytes = lz4.block.compress(data, store_size=False)
+    if lz4.block.decompress(block, uncompressed_size=data.size) != data.tobytes():
+        log.error("lz4 gives other bytes back, the chunk is not stored by it")
+        return data.tobytes()
+    return block
+
+
+def decode(payload: U8, itemsize: int, out: U8) -> None:
+    """Decompress exactly `out.size` bytes."""
+    try:
+        data = lz4.block.decompress(payload, uncompressed_size=out.size)
+    except (lz4.block.LZ4BlockError, ValueError, MemoryError) as e:
+        raise CorruptError(f"block does not decompress to {out.size} bytes: {e}") from e
+    if len(data) != out.size:
+        raise CorruptError(f"block decompresses to {len(data)} bytes, expected {out.size}")
+    out[:] = np.frombuffer(data, np.uint8)

@@ -1,0 +1,425 @@
+"""gc: give back the space that no step needs.  Two phases, no clock, no lock.
+
+Owns   the plan (a pure function), and the order of condemn, drain, sweep, delete.
+Never  deletes what a committed step needs, whatever runs beside it (format.md, "Garbage collection").
+
+    G1  mark; candidates are packs that nothing live needs and no open session wrote
+    G2  create condemn-n, or adopt the one that is there
+    G3  wait until every session of epoch <= n has ended, fencing those whose writer is dead
+    G4  mark again; create sweep-n = condemn-n without what is live now, or adopt
+    G5  delete exactly what sweep-n lists
+
+Any step may be done by another process, years later.  Time decides when a writer is given up for dead,
+never whether a deletion is safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deltackpt import liveness, pack, process
+from deltackpt.errors import ConflictError, CorruptError, FormatError, NotFoundError, StorageError
+from deltackpt.format import RECORD_HEADER, unseal
+from deltackpt.index import Segment
+from deltackpt.liveness import Liveness, PackUse
+from deltackpt.pack import PackName, Record
+from deltackpt.records import GC_RUN, Fence, GcRecord, SessionName, Slot, index_key, sid_of
+from deltackpt.session import Session
+from deltackpt.store import Store, Where, open_store
+from deltackpt.types import U8
+
+log = logging.getLogger("deltackpt")
+
+#: A session of an unknown or remote process is given up for dead after this long; a save takes minutes.
+PATIENCE_S = 3600.0
+#: Packs are rewritten until no more than this share of the bytes in use is waste.
+WASTE_MAX = 0.10
+#: More index files than this are merged into one.
+N_INDEX_MAX = 16
+#: What a backend writes before it has its name; the session is in it unless it is a decision or a gc record.
+_TEMPORARY = re.compile(r"tmp/(?:(?:([0-9a-f]{32}).*|.+)\.|probe-)[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class GcPlan:
+    """What gc would do, and why.
+
+    Parameters
+    ----------
+    dead : list of PackName
+        Packs that nothing needs: to be condemned.
+    repack : list of PackName
+        Packs of much waste: what is live in them is copied first, then they are condemned too.
+    live_size, dead_size : int
+        Bytes that committed steps need, and do not need, in all packs.
+    """
+
+    dead: list[PackName]
+    repack: list[PackName]
+    live_size: int
+    dead_size: int
+
+
+def plan(packs: Mapping[PackName, PackUse], *, waste_max: float = WASTE_MAX) -> GcPlan:
+    """Choose packs to delete and packs to rewrite.  Reads nothing, changes nothing.
+
+    Wholly dead packs go.  Of the others, those with the highest share of waste are rewritten until the
+    waste left is at most `waste_max` of what is live.
+
+    Examples
+    --------
+    >>> a, b = PackName(bytes(16), 0, 0), PackName(bytes(16), 0, 1)
+    >>> chosen = plan({a: PackUse(100, 0), b: PackUse(100, 95)})
+    >>> chosen.dead == [a], chosen.repack
+    (True, [])
+    """
+    live_size = sum(use.live_size for use in packs.values())
+    dead = sorted(name for name, use in packs.items() if not use.live_size)
+    mixed = [(name, use) for name, use in packs.items() if use.live_size]
+    waste = sum(use.size - use.live_size for _, use in mixed)
+    repack = []
+    # Ties by name, so that every process plans the same.
+    for name, use in sorted(mixed, key=lambda m: ((m[1].live_size / m[1].size), m[0])):
+        if waste <= waste_max * live_size:
+            break
+        repack.append(name)
+        waste -= use.size - use.live_size
+    dead_size = sum(use.size for use in packs.values()) - live_size
+    return GcPlan(dead, sorted(repack), live_size, dead_size)
+
+
+@dataclass(slots=True)
+class GcResult:
+    """What a gc did, or would do.
+
+    Parameters
+    ----------
+    dry_run : bool
+    n_packs, live_size, dead_size : int
+        Packs seen, and their bytes in and out of use.
+    n_dead, n_repacked : int
+        Packs found wholly dead, and packs rewritten for their waste.
+    freed_size : int
+        Bytes given back by this call; 0 in a dry run.
+    n_deleted : int
+        Files deleted by this call.
+    waiting_for : list of str
+        Sessions that must end before the packs condemned now can be deleted.
+    fenced : list of str
+        Sessions given up for dead.
+    """
+
+    dry_run: bool
+    n_packs: int = 0
+    live_size: int = 0
+    dead_size: int = 0
+    n_dead: int = 0
+    n_repacked: int = 0
+    freed_size: int = 0
+    n_deleted: int = 0
+    waiting_for: list[str] = field(default_factory=list)
+    fenced: list[str] = field(default_factory=list)
+
+
+def collect(
+    where: Where, *, dry_run: bool = False, force: bool = False, patience_s: float = PATIENCE_S
+) -> GcResult:
+    """Give back the space that no committed step needs.
+
+    Safe beside writers, readers and other gcs.  With no session open it frees the space now; with one open
+    it condemns, says what it waits for, and a later call frees.
+
+    Parameters
+    ----------
+    where : path, Backend or Store
+    dry_run : bool
+        Plan only.
+    force : bool
+        Go on although fewer decisions are listed than at the last gc.
+    patience_s : float
+        Give a session up for dead after this many seconds, when its process cannot be asked.  One whose
+        process is known to be dead is given up at once.
+
+    Raises
+    ------
+    CorruptError
+        If a committed step's manifest or a list is missing or damaged: then what is live is not known.
+    StorageError
+        If the storage fails, or lists far less than it held.
+
+    Examples
+    --------
+    >>> from deltackpt import delta
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> store = open_store(MemoryBackend(), create=True)
+    >>> _ = delta.save({"note": b"x" * 5000}, store, step=1)
+    >>> collect(store).freed_size
+    0
+    """
+    store = open_store(where)
+    return _Gc(store, GcResult(dry_run), force=force, patience_s=patience_s).run()
+
+
+class _Gc:
+    """One call of `collect`."""
+
+    def __init__(self, store: Store, result: GcResult, *, force: bool, patience_s: float) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._result = result
+        self._force = force
+        self._patience_s = patience_s
+        self._live: set[PackName] = set()
+
+    def run(self) -> GcResult:
+        if self._result.dry_run:
+            self._measure(self._look())
+            return self._result
+        self._reap()
+        self._forget_superseded()
+        # What others began comes first: a cycle may be condemned only when those before it are swept.
+        while (cycle := self._unfinished()) is not None:
+            if not self._finish(cycle):
+                break
+        else:
+            cycle = self._begin()
+            if cycle is not None:
+                self._finish(cycle)
+        self._tidy()
+        return self._result
+
+    def _finish(self, cycle: int) -> bool:
+        """Sweep and delete what a cycle condemned; False while it waits for a session."""
+        if not self._drain(cycle):
+            return False
+        self._sweep(cycle)
+        return True
+
+    # -- G1, G2
+
+    def _unfinished(self) -> int | None:
+        """Return the first cycle that was condemned but not swept, or swept but not deleted, if any."""
+        n, _ = self._store.gc_state()
+        records = {entry.name for entry in self._backend.list("gc/")}
+        packs = {entry.name for entry in self._backend.list("packs/")}
+        for cycle in range(n):  # all of them: a power loss may undo deletions of long ago
+            key = f"gc/sweep-{cycle}"
+            if key not in records or any(name.key in packs for name in self._store.gc_record(key).packs):
+                return cycle
+        return None
+
+    def _begin(self) -> int | None:
+        """Plan, repack, and condemn what is dead then; return the cycle, None if there is nothing to do."""
+        seen = self._look()
+        chosen = self._measure(seen)
+        if not (chosen.dead or chosen.repack):
+            return None
+        dead = set(chosen.dead)
+        if chosen.repack:
+            victims = frozenset(chosen.repack)
+            self._repack(seen, victims)
+            seen = self._look()
+            dead = {name for name, use in seen.use(avoid=victims).items() if not use.live_size}
+        if not dead:
+            return None
+        record = GcRecord("condemn", seen.n_cycles, frozenset(dead), seen.n_refs, len(seen.packs))
+        self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
+        self._backend.barrier("gc")
+        return seen.n_cycles
+
+    def _look(self) -> Liveness:
+        # Before the listing: a gc beside this one may list more, later, and say so.
+        last = _last_record(self._store)
+        seen = liveness.look(self._store)
+        if last is not None and seen.n_refs < last.n_refs and not self._force:
+            raise StorageError(
+                f"{self._store.url}: lists {seen.n_refs} decisions, {last.n_refs} were there at the last gc "
+                "and none is ever removed; nothing was deleted",
+                hint="check that all of refs/ is there; if it is, gc --force",
+            )
+        return seen
+
+    def _measure(self, seen: Liveness) -> GcPlan:
+        use = seen.use()
+        chosen = plan(use)
+        self._live = {name for name in use if use[name].live_size}
+        r = self._result
+        r.n_packs, r.live_size, r.dead_size = len(seen.packs), chosen.live_size, chosen.dead_size
+        r.n_dead, r.n_repacked = len(chosen.dead), len(chosen.repack)
+        return chosen
+
+    def _forget_superseded(self) -> None:
+        """Forget attempts that a newer one replaced, where the writer died before doing so."""
+        refs = self._store.refs
+        for run in refs.runs():
+            commits = refs.commits(run)  # listed once: an attempt that comes later is no older one
+            newest = {commit.slot.step: commit for commit in commits}
+            refs.forget(commit for commit in commits if commit is not newest[commit.slot.step])
+
+    # -- repack
+
+    def _repack(self, seen: Liveness, victims: frozenset[PackName]) -> None:
+        """Copy what is in use in `victims` into new packs, as an ordinary session."""
+        with Session.for_gc(self._store, Slot(GC_RUN, seen.n_cycles, 1)) as session:
+            for name, row in seen.in_use_of(victims):
+                session.copy(*self._record(name, row))
+            session.publish(None)
+            self._backend.barrier("index")
+            session.finish()
+
+    def _record(self, name: PackName, row: np.void) -> tuple[Record, U8]:
+        offset, size = int(row["offset"]), RECORD_HEADER.size + int(row["stored_size"])
+        where = f"{self._store.url}/{name.key} @ {offset}"
+        data = np.frombuffer(self._backend.read(name.key, offset, size), np.uint8)
+        record = Record.from_bytes(data.data, where)
+        pack.check_row(record, row, where)
+        payload = data[RECORD_HEADER.size :]
+        pack.check_payload(record, payload, where)
+        return record, payload
+
+    # -- G3
+
+    def _drain(self, cycle: int) -> bool:
+        """Return whether every session that may not know of the cycle has ended."""
+        for name in self._reap():
+            if name.epoch <= cycle:
+                slot = name.slot
+                what = "gc" if slot.run == GC_RUN else f"run {slot.run} step {slot.step}"
+                self._result.waiting_for.append(f"{what} ({self._who(name)})")
+        return not self._result.waiting_for
+
+    def _reap(self) -> list[SessionName]:
+        """End the sessions that cannot commit any more, fencing those of the dead; return the others."""
+        alive = []
+        for name in self._store.sessions():
+            if self._store.refs.decision(name.slot) is not None:
+                self._end(name)  # committed, fenced, or lost to another writer
+            elif self._is_dead(name):
+                self._fence(name)
+            else:
+                alive.append(name)
+        return alive
+
+    def _is_dead(self, name: SessionName) -> bool:
+        try:
+            if process.is_dead(self._identity(name)):
+                return True
+            return self._backend.age_s(name.key) > self._patience_s
+        except FormatError:
+            return True  # cut short by a power loss: its writer had no more luck
+        except NotFoundError:
+            return True  # it ended meanwhile: its decision, if any, is seen by the second mark
+
+    def _identity(self, name: SessionName) -> dict[str, Any]:
+        return unseal(self._backend.read(name.key), name.key)
+
+    def _who(self, name: SessionName) -> str:
+        try:
+            who = self._identity(name)
+        except (FormatError, NotFoundError):
+            who = {}
+        return f"process {who.get('pid', '?')} on {who.get('host', 'an unknown host')}"
+
+    def _fence(self, name: SessionName) -> None:
+        if not self._backend.exists(name.key):
+            return
+        try:
+            self._store.refs.decide(Fence(name.slot, name.sid))
+        except ConflictError:
+            pass  # decided meanwhile, either way
+        else:
+            self._result.fenced.append(f"run {name.slot.run} step {name.slot.step}")
+        self._end(name)
+
+    def _end(self, name: SessionName) -> None:
+        self._backend.delete(name.key)
+
+    # -- G4, G5
+
+    def _sweep(self, cycle: int) -> None:
+        condemned = self._store.gc_record(f"gc/condemn-{cycle}").packs
+        if not self._backend.exists(f"gc/sweep-{cycle}"):
+            seen = self._look()
+            kept = seen.needed_from(condemned)
+            record = GcRecord("sweep", cycle, condemned - kept, seen.n_refs, len(seen.packs))
+            self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
+            self._backend.barrier("gc")
+        for name in sorted(self._store.gc_record(f"gc/sweep-{cycle}").packs):
+            self._delete(name.key)
+
+    def _delete(self, key: str) -> None:
+        try:
+            size = self._backend.size(key)
+        except NotFoundError:
+            return
+        self._backend.delete(key)
+        self._result.freed_size += size
+        self._result.n_deleted += 1
+
+    # -- what no protocol protects
+
+    def _tidy(self) -> None:
+        """Merge index files, and delete what dead sessions and forgotten steps left: manifests, tmp files."""
+        manifests = [e.name for e in self._backend.list("manifests/")]
+        temporary = [e.name for e in self._backend.list("tmp/")]
+        # Listed before the sessions: whatever was there then belongs to a session listed now, or to none.
+        open_sids = {name.sid.hex() for name in self._store.sessions()}
+        committed = {c.manifest_key for run in self._store.refs.runs() for c in self._store.refs.commits(run)}
+        for key in manifests:
+            if key not in committed and sid_of(key) not in {None, *open_sids}:
+                self._delete(key)
+        for key in temporary:
+            owner = _TEMPORARY.fullmatch(key)
+            if owner and (owner[1] not in open_sids if owner[1] else not open_sids):
+                self._delete(key)
+        self._merge_index()
+
+    def _merge_index(self) -> None:
+        """Merge index files when there are many, some name deleted packs, or packs in use are in none."""
+        names = [e.name for e in self._backend.list("index/") if sid_of(e.name)]
+        n_cycles, condemned = self._store.gc_state()
+        gone = {name for cycle in range(n_cycles) for name in self._swept(cycle)}
+        index = self._store.refresh(complete=True)
+        # Of the others it is not known whether their writer is at work, or was before they were durable.
+        unlisted = index.unlisted & self._live - condemned
+        segments, stale = [], bool(unlisted)
+        for key in names:
+            try:
+                segment = Segment.from_bytes(self._backend.map(key), self._store.uuid, key)
+            except NotFoundError:
+                return  # another gc is merging
+            except CorruptError:
+                stale = True  # what it said is read from the packs
+                continue
+            stale = stale or not gone.isdisjoint(segment.packs)
+            segments.append(segment)
+        if len(names) <= N_INDEX_MAX and not stale:
+            return
+        merged = Segment.merge([*segments, *index.segments], without=gone | index.unlisted - unlisted)
+        with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
+            if merged.packs:
+                key = index_key(session.sid)
+                self._backend.create_once(key, merged.to_bytes(self._store.uuid, session.sid))
+            # The merged file before the others go: a look-up finds the one or the other.
+            self._backend.barrier("index")
+            for name in names:
+                self._backend.delete(name)
+            session.finish()
+
+    def _swept(self, cycle: int) -> frozenset[PackName]:
+        key = f"gc/sweep-{cycle}"
+        return self._store.gc_record(key).packs if self._backend.exists(key) else frozenset()
+
+
+def _last_record(store: Store) -> GcRecord | None:
+    n_cycles, _ = store.gc_state()
+    if not n_cycles:
+        return None
+    kind = "sweep" if store.backend.exists(f"gc/sweep-{n_cycles - 1}") else "condemn"
+    return store.gc_record(f"gc/{kind}-{n_cycles - 1}")

@@ -1,0 +1,322 @@
+"""A run: the steps of one training job.
+
+Owns   saving, loading, listing and forgetting a run's steps; what this process remembers of the last one.
+Never  touches storage but through its store.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from blake3 import blake3
+
+from deltackpt import snapshot
+from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
+from deltackpt.manifest import Manifest
+from deltackpt.records import Commit, Figures, check_run, check_step
+from deltackpt.report import SaveReport
+from deltackpt.session import Session
+from deltackpt.snapshot import Memory
+from deltackpt.store import Store, Where, open_store
+from deltackpt.types import State
+
+log = logging.getLogger("deltackpt")
+
+#: Errors that writing the same bytes again would meet again.
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+#: Metadata is read whenever steps are listed.
+_METADATA_SIZE_MAX = 1 << 20
+
+
+class Run:
+    """A run of a store; a context manager.  Safe to share between threads: saves take turns.
+
+    Use `open_run`.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = check_run(name)
+        self._memory: Memory | None = None
+        self._last_step: int | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget what is remembered of the last snapshot."""
+        with self._lock:
+            self._memory = None
+
+    # -- steps
+
+    def steps(self) -> list[int]:
+        """Return the steps there are, in order."""
+        return list(self.store.refs.steps(self.name))
+
+    def latest(self) -> int | None:
+        """Return the highest step, None if there is none."""
+        commit = self.store.refs.latest(self.name)
+        return commit.slot.step if commit else None
+
+    def commit(self, step: int | str = "latest") -> Commit:
+        """Return the record of one step.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such step; names the nearest.
+        """
+        if step == "latest":
+            commit = self.store.refs.latest(self.name)
+            if commit is None:
+                raise self.store.refs.unknown_step(self.name, None)
+            return commit
+        if isinstance(step, str):
+            raise InvalidInputError(
+                f"step: found {step!r}, expected an integer or 'latest'", hint="deltackpt ls"
+            )
+        return self.store.refs.commit(self.name, check_step(step))
+
+    def forget(self, steps: Iterable[int]) -> None:
+        """Make steps invisible; `gc` gives their space back.
+
+        Raises
+        ------
+        NotFoundError
+            If one is not there; then none is forgotten.
+        """
+        wanted = {check_step(step) for step in steps}
+        commits = self.store.refs.commits(self.name)
+        unknown = sorted(wanted - {commit.slot.step for commit in commits})
+        if unknown:
+            raise self.store.refs.unknown_step(self.name, unknown[0])
+        self.store.refs.forget(commit for commit in commits if commit.slot.step in wanted)
+
+    # -- save
+
+    def save(
+        self,
+        state: State,
+        *,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> SaveReport:
+        """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
+        start = time.perf_counter()
+        step = check_step(step)
+        metrics, metadata = _metrics(metrics or {}), _metadata(metadata or {})
+        with self._lock:
+            self._prepare()
+            session = self._open(step, overwrite)
+            try:
+                return self._save(session, state, metrics, metadata, start)
+            except StorageError as e:
+                if e.errno in _LASTING or session.deciding:
+                    raise
+                # Never write on after an error: all of it again, under new names, from the source.
+                log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
+            return self._save(self._open(step, overwrite), state, metrics, metadata, start)
+
+    def _open(self, step: int, overwrite: bool) -> Session:
+        return Session(self.store, self.name, step, overwrite=overwrite)
+
+    def _save(
+        self,
+        session: Session,
+        state: State,
+        metrics: dict[str, float],
+        metadata: dict[str, Any],
+        start: float,
+    ) -> SaveReport:
+        with session:
+            assert self._memory is not None
+            saved = snapshot.save(session, state, self._memory)
+            at = time.perf_counter()
+            manifest = saved.manifest.to_bytes()
+            session.publish(manifest)
+            published = time.perf_counter()
+            saved.seconds["publish"] = published - at
+            figures = Figures(
+                saved.logical_size,
+                session.new_size,
+                session.written_size,
+                len(saved.manifest.tensors),
+                saved.n_chunks,
+                session.n_new_chunks,
+                {phase: round(s, 6) for phase, s in saved.seconds.items()},
+            )
+            packs = session.packs()
+            before = session.superseded
+            commit = session.commit(
+                manifest,
+                parent=before.parent if before else self._last_step,
+                metrics=metrics,
+                metadata=metadata,
+                figures=figures,
+            )
+        self._memory = saved.memory(packs)
+        self._last_step = commit.slot.step
+        end = time.perf_counter()
+        return SaveReport(
+            self.name,
+            commit.slot.step,
+            figures.logical_size,
+            figures.new_size,
+            session.written_size,
+            figures.n_tensors,
+            figures.n_chunks,
+            figures.n_new_chunks,
+            {**saved.seconds, "commit": end - published},
+            end - start,
+        )
+
+    def _prepare(self) -> None:
+        """Read the lists of the run's latest snapshot, unless this process remembers one."""
+        if self._memory is not None:
+            return
+        self._memory = Memory()
+        try:
+            commit = self.store.refs.latest(self.name)
+            if commit is None:
+                self.store.refs.check_new_run(self.name)
+                return
+            self._last_step = commit.slot.step
+            self._memory = Memory.from_store(self.store, read_manifest(self.store, commit))
+        except (CorruptError, NotFoundError) as e:
+            # A damaged step must not keep the next one from being saved, whole if need be.
+            log.warning("run %r: %s; saving without the step before", self.name, e.message)
+
+    # -- load
+
+    def load(
+        self,
+        step: int | str = "latest",
+        *,
+        keys: str | Sequence[str] | None = None,
+        into: State | None = None,
+    ) -> State:
+        """Rebuild a step, bit for bit.  See `deltackpt.delta.load`."""
+        commit = self.commit(step)
+        while True:
+            try:
+                with self.reading(commit):
+                    manifest = read_manifest(self.store, commit)
+                    return snapshot.load(self.store, manifest, keys=keys, into=into)
+            except NotFoundError:
+                before, commit = commit, self.commit(step)
+                if commit is before:
+                    raise
+                # It was overwritten, or forgotten with a newer step there, while it was read.
+
+    @contextmanager
+    def reading(self, commit: Commit) -> Iterator[None]:
+        """Name run and step in what goes wrong; tell a step forgotten meanwhile from a damaged one."""
+        where = f"run {self.name!r} step {commit.slot.step}"
+        try:
+            yield
+        except CorruptError as e:
+            if self.store.refs.is_gone(commit.slot):
+                raise NotFoundError(
+                    f"{where}: was forgotten while it was read", hint="load another step"
+                ) from e
+            raise CorruptError(f"{where}: {e.message}", hint=e.hint) from e
+
+    def manifest(self, step: int | str = "latest") -> Manifest:
+        """Return what a step holds, without reading its tensors."""
+        commit = self.commit(step)
+        with self.reading(commit):
+            return read_manifest(self.store, commit)
+
+
+def read_manifest(store: Store, commit: Commit) -> Manifest:
+    """Read a commit's manifest, checked against the digest in the commit.
+
+    Raises
+    ------
+    CorruptError
+        If it is missing or not the one that was committed.
+    """
+    where = f"{store.url}/{commit.manifest_key}"
+    try:
+        data = store.backend.read(commit.manifest_key)
+    except NotFoundError as e:
+        raise CorruptError(f"{where}: manifest is missing", hint="run deltackpt verify") from e
+    if blake3(data).digest() != commit.manifest:
+        raise CorruptError(f"{where}: {len(data)} bytes are not the manifest that was committed")
+    return Manifest.from_bytes(data, where)
+
+
+def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics as plain finite or non-finite floats, the latter as strings JSON can hold."""
+    plain: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str) or isinstance(value, (str, bytes)):
+            raise InvalidInputError(f"metrics: found {name!r}: {value!r}, expected names and numbers")
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as e:
+            raise InvalidInputError(f"metrics[{name!r}]: found {value!r}, expected a number") from e
+        if not math.isfinite(number):
+            raise InvalidInputError(
+                f"metrics[{name!r}]: found {number}, expected a finite number",
+                hint="leave it out, or use metadata",
+            )
+        plain[name] = number
+    return plain
+
+
+def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InvalidInputError(
+            f"metadata: is not JSON: {e}", hint="use plain values, or put it into the state"
+        ) from e
+    if len(text) > _METADATA_SIZE_MAX:
+        raise InvalidInputError(
+            f"metadata: has {len(text)} bytes, at most {_METADATA_SIZE_MAX} allowed",
+            hint="put it into the state",
+        )
+    plain: dict[str, Any] = json.loads(text)
+    return plain
+
+
+def open_run(store: Where, run: str = "main", *, create: bool = True) -> Run:
+    """Open a run, and its store.
+
+    Parameters
+    ----------
+    store : path, Backend or Store
+    run : str
+        1 to 128 of ``A-Z a-z 0-9 . _ -``.
+    create : bool
+        Make the store if there is none.
+
+    Examples
+    --------
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> with open_run(MemoryBackend(), "exp1") as run:
+    ...     _ = run.save({"w": [1.0, 2.0]}, step=10)
+    ...     run.steps(), run.load(10)
+    ([10], {'w': [1.0, 2.0]})
+    """
+    check_run(run)
+    return Run(open_store(store, create=create), run)

@@ -1,0 +1,404 @@
+"""A session: one writer's attempt to commit one snapshot.
+
+Owns   the order of writes, dedup against the packs a new save may use, filling packs.
+Never  knows what a tensor is, or changes anything that is there.
+
+The order is the protocol (format.md, "Commit"); a reader sees the old step or the new, never half:
+
+    W1  read the gc epoch              W4  packs, then index and manifest
+    W2  create the session record      W5  create the decision
+    W3  then read what gc condemned    then the session record goes
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from blake3 import blake3
+
+from deltackpt import codecs, process
+from deltackpt.backends import Writer
+from deltackpt.codecs import Chunk, Kind
+from deltackpt.errors import AlreadyExistsError, ConflictError, DeltackptError, NotFoundError, StorageError
+from deltackpt.format import seal
+from deltackpt.index import Index, Rows, Segment
+from deltackpt.pack import PackBuilder, PackName, Payload, Record
+from deltackpt.records import Commit, Figures, SessionName, Slot, index_key, manifest_key
+from deltackpt.store import Store, workers
+from deltackpt.types import U8
+
+log = logging.getLogger("deltackpt")
+
+#: A pack is closed when it has grown this large; above 64 MiB its fsync costs nothing measurable a byte.
+PACK_SIZE = 128 << 20
+#: Records are gathered up to this much before they are written: small tensors cost few system calls.
+_WRITE_SIZE = 1 << 20
+#: Bytes of chunks a thread encodes at a time: threads take turns at the interpreter's lock between tasks.
+_BATCH_SIZE = 1 << 20
+#: Bytes of chunks being encoded or waiting to be written: what a save needs in memory, about.
+_WINDOW_SIZE = 16 << 20
+
+
+class Session:
+    """A writer at work on one slot; a context manager that aborts unless committed.
+
+    Parameters
+    ----------
+    store : Store
+    run, step : str, int
+        Checked by the caller.
+    overwrite : bool
+        Whether a step that is there may be superseded.
+
+    Raises
+    ------
+    AlreadyExistsError
+        If the step is there and `overwrite` is false.
+    """
+
+    def __init__(self, store: Store, run: str, step: int, *, overwrite: bool = False) -> None:
+        slot, self.superseded = store.refs.slot(run, step)
+        if self.superseded is not None and not overwrite:
+            raise AlreadyExistsError(
+                f"run {run!r} has step {step} already", hint="save another step, or pass overwrite=True"
+            )
+        self._start(store, slot)
+
+    @classmethod
+    def for_gc(cls, store: Store, slot: Slot) -> Session:
+        """Open gc's own session: it repacks and merges, and commits no step."""
+        session = cls.__new__(cls)
+        session.superseded = None
+        session._start(store, slot)
+        return session
+
+    def _start(self, store: Store, slot: Slot) -> None:
+        self.store = store
+        self.slot = slot
+        self.sid = secrets.token_bytes(16)
+        self.deciding = False
+        self.new_size = 0
+        self.n_new_chunks = 0
+        self.written_size = 0
+        self._backend = store.backend
+        self._index: Index | None = None
+        self._new: set[bytes] = set()
+        self._batch_ids: list[bytes] = []
+        self._batch: list[Chunk] = []
+        self._batch_size = 0
+        self._encoding: deque[tuple[int, Future[list[_Ready]]]] = deque()
+        self._in_flight_size = 0
+        self._buffers: list[U8] = []
+        self._packs: list[tuple[PackName, int, Rows]] = []
+        self._pack: _Pack | None = None
+        self._closing: deque[Future[int]] = deque()
+        self._closer: ThreadPoolExecutor | None = None
+        self._present: dict[PackName, bool] = {}
+        epoch, _ = store.gc_state()  # W1
+        self.name = SessionName(self.sid, epoch, slot)
+        try:
+            self._backend.create_once(self.name.key, seal(process.identity()), flush=False)  # W2
+            _, self._condemned = (
+                store.gc_state()
+            )  # W3: after W2, or gc could condemn what is used here unseen
+            self._quarantined = {
+                e.name.removeprefix("quarantine/") for e in self._backend.list("quarantine/")
+            }
+        except BaseException:
+            self.abort()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    # -- what is there already
+
+    def may_use(self, packs: frozenset[PackName]) -> bool:
+        """Return whether chunks in these packs can be relied on: none is condemned, all are there."""
+        return packs.isdisjoint(self._condemned) and all(map(self._is_present, packs))
+
+    def _is_present(self, name: PackName) -> bool:
+        """Whether a pack's file is there; asked once: the protocol keeps it while the session is open."""
+        if name not in self._present:
+            self._present[name] = self._backend.exists(name.key)
+        return self._present[name]
+
+    def look_up(self, ids: U8) -> list[PackName | None]:
+        """Return the pack that holds each chunk; None for what the store lacks, which must be `put`.
+
+        Parameters
+        ----------
+        ids : ndarray of uint8, shape (n, 32)
+        """
+        if self._index is None:
+            self._index = self.store.refresh()
+        avoid = set(self._condemned) | self._index.unlisted
+        while True:
+            found, rows = self._index.find(ids, avoid)
+            numbers = rows["pack"].tolist()
+            packs = {n: self._index.packs[n] for n in set(rows["pack"][found].tolist())}
+            lost = {name for name in packs.values() if not self._is_present(name)}
+            if not lost:
+                break
+            avoid |= lost  # a pack that somebody deleted: what it held is written again
+        if self._quarantined:
+            found &= np.array([i.tobytes().hex() not in self._quarantined for i in ids], np.bool_)
+        return [packs[n] if there else None for n, there in zip(numbers, found.tolist(), strict=True)]
+
+    # -- writing chunks
+
+    def put(self, chunk_id: bytes, data: U8, kind: Kind) -> None:
+        """Store a chunk that `look_up` does not find; once, however often it is put.
+
+        `data` is read until `publish` returns, and must not change until then.
+        """
+        if chunk_id in self._new:
+            return
+        self._new.add(chunk_id)
+        self.new_size += data.size
+        self.n_new_chunks += 1
+        self._batch_ids.append(chunk_id)
+        self._batch.append(Chunk(data, kind, self._buffer(codecs.room(data.size))))
+        self._batch_size += data.size
+        if self._batch_size >= _BATCH_SIZE:
+            self._submit()
+
+    def _submit(self) -> None:
+        """Have the batch encoded; write what is ready while more than the window is under way."""
+        encoded = workers.get().submit(_encode, self._batch_ids, self._batch)
+        self._encoding.append((self._batch_size, encoded))
+        self._in_flight_size += self._batch_size
+        self._batch_ids, self._batch, self._batch_size = [], [], 0
+        while self._in_flight_size > _WINDOW_SIZE:
+            self._drain()
+
+    def _drain(self) -> None:
+        size, batch = self._encoding.popleft()
+        self._in_flight_size -= size
+        for record, payload, buffer in batch.result():
+            # Once it is written, the memory of the payload serves for another chunk.
+            self._buffers += self._room().add(record, payload, buffer)
+
+    def _buffer(self, size: int) -> U8:
+        """Return memory to encode into: what was used before, if it is large enough."""
+        for i, buffer in enumerate(self._buffers):
+            if buffer.size >= size:
+                return self._buffers.pop(i)
+        return np.empty(size, np.uint8)
+
+    def copy(self, record: Record, payload: U8) -> None:
+        """Take over a record from another pack as it is."""
+        self._new.add(record.id)
+        self._room().add(record, payload, payload)
+
+    def _room(self) -> _Pack:
+        """Return a pack with room for one more record."""
+        if self._pack is not None and self._pack.builder.size >= PACK_SIZE:
+            if self._closer is None:
+                self._closer = ThreadPoolExecutor(1, "deltackpt-flush")
+            self._closing.append(self._closer.submit(self._pack.close))
+            self._finish_pack(self._pack)
+            while len(self._closing) > 2:  # the disk is slower than the encoders: let it catch up
+                self._closing.popleft().result()
+        if self._pack is None:
+            name = PackName(self.sid, 0, len(self._packs))
+            self._pack = _Pack(PackBuilder(self.store.uuid, name), self._backend.create(name.key))
+        return self._pack
+
+    def _finish_pack(self, pack: _Pack) -> None:
+        self._packs.append((pack.builder.name, pack.builder.total_size, pack.builder.rows()))
+        self._pack = None
+
+    def packs(self) -> frozenset[PackName]:
+        """Return the packs written so far, the one being filled included."""
+        names = {name for name, _, _ in self._packs}
+        return frozenset(names | {self._pack.builder.name} if self._pack else names)
+
+    # -- deciding
+
+    def publish(self, manifest: bytes | None) -> None:
+        """Write what is left of W4: close the packs, then index and manifest, durable on return."""
+        if self._batch:
+            self._submit()
+        while self._encoding:
+            self._drain()
+        if self._pack is not None:
+            pack = self._pack
+            self._finish_pack(pack)
+            self._closing.append(_done(pack.close()))
+        for closing in self._closing:
+            closing.result()
+        if self._packs:
+            # Packs before index: an index that outlives its packs would promise chunks that are not there.
+            self._backend.barrier("packs")
+            self._publish_index()
+        if manifest is not None:
+            self._create(manifest_key(self.sid), manifest)
+            self._backend.barrier("manifests")
+        self._check_packs()
+
+    def _publish_index(self) -> None:
+        segment = Segment.build(self._packs)
+        key = index_key(self.sid)
+        # Flushed but without a barrier: derived data; if a power loss takes its name the packs tell the same.
+        self._create(key, segment.to_bytes(self.store.uuid, self.sid))
+        self.store.learn(key, segment)
+        self.written_size += sum(size for _, size, _ in self._packs)
+
+    def _create(self, key: str, data: bytes) -> None:
+        if not self._backend.create_once(key, data):
+            raise ConflictError(
+                f"{self.store.url}/{key}: exists already, written by somebody else", hint="save again"
+            )
+        self.written_size += len(data)
+
+    def _check_packs(self) -> None:
+        for name, size, _ in self._packs:
+            try:
+                found = self._backend.size(name.key)
+            except NotFoundError:
+                found = None
+            if found != size:
+                raise StorageError(
+                    f"{self.store.url}/{name.key}: has {found} bytes after writing {size}",
+                    hint="check the storage",
+                )
+
+    def commit(
+        self,
+        manifest: bytes,
+        *,
+        parent: int | None,
+        metrics: dict[str, float],
+        metadata: dict[str, Any],
+        figures: Figures,
+    ) -> Commit:
+        """Decide the slot (W5): the step is durable and visible on return.
+
+        Raises
+        ------
+        ConflictError
+            If another writer committed the step meanwhile, or gc fenced this session.
+        """
+        commit = Commit(
+            self.slot,
+            self.sid,
+            blake3(manifest).digest(),
+            parent,
+            time.time(),
+            metrics,
+            metadata,
+            figures,
+        )
+        self.deciding = True
+        self.written_size += self.store.refs.decide(commit)
+        try:
+            if self.superseded is not None:
+                self.store.refs.forget([self.superseded])
+            self._close()
+        except DeltackptError as e:
+            # The step is durable, so this is no failed save; gc does it.
+            log.warning("run %r step %d is saved, but: %s", self.slot.run, self.slot.step, e.message)
+        return commit
+
+    def finish(self) -> None:
+        """End gc's own session after `publish`; its packs hold only copies, so nothing is to be decided."""
+        self._close()
+
+    def abort(self) -> None:
+        """Give up: what nobody can have seen is taken back, as far as the storage lets us; gc gets the rest.
+
+        A pack, once closed, stays: a gc may have found a committed step's chunk in it and let go of another
+        copy since.  So does a manifest once a decision was tried: it may be there though its answer was lost.
+        """
+        if self.name is None:
+            return
+        for _, batch in self._encoding:
+            batch.cancel()
+        try:
+            if self._pack is not None:
+                self._pack.writer.abort()
+            for closing in self._closing:
+                closing.exception()
+            if not self.deciding:
+                self._backend.delete(manifest_key(self.sid))
+            self._close()
+        except DeltackptError as e:
+            log.warning("session %s left behind: %s", self.sid.hex(), e.message)
+
+    def _close(self) -> None:
+        if self._closer is not None:
+            self._closer.shutdown()
+        self._backend.delete(self.name.key)
+        self.name = None  # type: ignore[assignment]
+
+
+class _Pack:
+    """A pack being filled: its builder, its file, and what was not yet written."""
+
+    def __init__(self, builder: PackBuilder, writer: Writer) -> None:
+        self.builder = builder
+        self.writer = writer
+        self._pending: list[Payload] = [builder.header()]
+        self._pending_size = 0
+        self._held: list[U8] = []
+
+    def add(self, record: Record, payload: Payload, buffer: U8) -> list[U8]:
+        """Append a record whose payload may live in `buffer`; return the buffers that are free now."""
+        self.builder.add(record)
+        self._held.append(buffer)
+        self._gather(record.to_bytes(), payload)
+        free, self._held = ([], self._held) if self._pending else (self._held, [])
+        return free
+
+    def _gather(self, *buffers: Payload) -> None:
+        self._pending += buffers
+        self._pending_size += sum(map(len, buffers))
+        if self._pending_size >= _WRITE_SIZE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.writer.write(*self._pending)
+        self._pending, self._pending_size = [], 0
+
+    def close(self) -> int:
+        """Write the footer, flush and publish; return the pack's size."""
+        self._pending.append(self.builder.footer())
+        self._flush()
+        if not self.writer.commit():
+            raise ConflictError(f"{self.builder.name.key}: exists already", hint="save again")
+        return self.builder.total_size
+
+
+def _done(value: int) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future
+
+
+class _Ready(NamedTuple):
+    """A chunk as a record; `buffer` may hold its payload."""
+
+    record: Record
+    payload: Payload
+    buffer: U8
+
+
+def _encode(ids: list[bytes], chunks: list[Chunk]) -> list[_Ready]:
+    ready = []
+    for chunk_id, chunk, (codec, payload) in zip(ids, chunks, codecs.encode_all(chunks), strict=True):
+        record = Record.whole(codec, chunk.kind.itemsize, chunk_id, chunk.data.size, payload)
+        ready.append(_Ready(record, payload, chunk.buffer))
+    return ready

@@ -1,0 +1,531 @@
+"""A snapshot: a state as tensors, chunks and a manifest, and back.
+
+Owns   which of a tensor's chunks are new, its lists and its row; rebuilding tensors from chunks.
+Never  touches storage but through a store or a session, or knows about steps and runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from blake3 import blake3
+
+from deltackpt import arrays, tree
+from deltackpt.codecs import Kind
+from deltackpt.errors import CorruptError
+from deltackpt.format import CHUNK_ID_SIZE, LIST_ROW
+from deltackpt.manifest import Manifest, TensorRow, build_lists, list_from_bytes
+from deltackpt.pack import PackName
+from deltackpt.session import Session
+from deltackpt.store import Store, n_threads, workers
+from deltackpt.types import DTYPE_SIZES, U8, State, Tensor
+
+Ends = npt.NDArray[np.int64]
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Bytes a thread takes at a time: a task costs about 30 us, hashing this much 200 us and more.
+_TASK_SIZE = 4 << 20
+#: A remembered set of packs only grows; past this many a tensor's chunks are looked up again, 1 us each.
+_N_PACKS_MAX = 16
+#: Bytes of changed tensors whose chunks are looked up together.
+_GROUP_SIZE = 32 << 20
+_LIST_KIND = Kind(1, False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What is remembered of a tensor, so that the next save finds what changed.
+
+    Parameters
+    ----------
+    row : TensorRow
+    ends : ndarray of int64, shape (n,)
+        Where its chunks end.
+    ids : ndarray of uint8, shape (n, 32)
+    fingerprints : list of bytes or None
+        xxh3_128 of each chunk; None when it was read from the store and not seen in this process.
+    packs : frozenset of PackName or None
+        Packs that hold its chunks and lists, perhaps among others; None when not looked up yet.
+    """
+
+    row: TensorRow
+    ends: Ends
+    ids: U8
+    fingerprints: list[bytes] | None
+    packs: frozenset[PackName] | None
+
+
+class Memory:
+    """The tensors of one snapshot as `Known`, by name and by content."""
+
+    def __init__(self, tensors: Iterable[Known] = ()) -> None:
+        self._by_name: dict[str, Known] = {}
+        self._by_content: dict[tuple[int, bytes], Known] = {}
+        for known in tensors:
+            self.add(known)
+
+    def add(self, known: Known) -> None:
+        """Remember one more tensor."""
+        self._by_name[known.row.name] = known
+        self._by_content[known.row.size, known.row.fingerprint] = known
+
+    def same_place(self, tensor: Tensor) -> Known | None:
+        """Return what had this tensor's name, dtype and shape."""
+        known = self._by_name.get(tensor.name)
+        if known is not None and known.row.dtype == tensor.dtype and known.row.shape == tensor.shape:
+            return known
+        return None
+
+    def same_content(self, size: int, fingerprint: bytes) -> Known | None:
+        """Return what, by its fingerprint, had the same bytes; a hint which cuts to try."""
+        return self._by_content.get((size, fingerprint))
+
+    @classmethod
+    def from_store(cls, store: Store, manifest: Manifest) -> Memory:
+        """Read a snapshot's lists, and none of its tensors."""
+        rows = [row for row in manifest.tensors if row.size]
+        lists = resolve(store, rows)
+        return cls(
+            Known(
+                row,
+                np.cumsum(chunks["size"].astype(np.int64)),
+                np.ascontiguousarray(chunks["id"]),
+                None,
+                None,
+            )
+            for row, chunks in zip(rows, lists, strict=True)
+        )
+
+
+@dataclass(slots=True)
+class Saved:
+    """What `save` made: the manifest, what to remember, and its figures."""
+
+    manifest: Manifest
+    tensors: list[Known]
+    changed: set[str]
+    logical_size: int = 0
+    n_chunks: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def memory(self, packs: frozenset[PackName]) -> Memory:
+        """Return what to remember once the session has written these packs."""
+        return Memory(
+            replace(k, packs=(k.packs or frozenset()) | packs) if k.row.name in self.changed else k
+            for k in self.tensors
+        )
+
+
+class _Clock:
+    """Seconds of the calling thread by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def save(session: Session, state: State, memory: Memory) -> Saved:
+    """Put the chunks of a state that the store lacks into a session.
+
+    Parameters
+    ----------
+    session : Session
+    state : State
+    memory : Memory
+        The previous snapshot: its boundaries are kept where a tensor kept its name, dtype and shape.
+
+    Raises
+    ------
+    InvalidInputError
+        If the state holds what has no plain form; names the key path.
+    """
+    clock = _Clock()
+    flat = tree.flatten(state)
+    clock.lap("flatten")
+    saver = _Saver(session, memory, clock)
+    knowns = saver.all(flat.tensors)
+    rows = [
+        known.row if known is not None else _row(tensor, 0, b"", xxhash.xxh3_128_digest(b""))
+        for tensor, known in zip(flat.tensors, knowns, strict=True)
+    ]
+    tensors = [known for known in knowns if known is not None]
+    saved = Saved(Manifest(flat.structure, rows), tensors, saver.changed, seconds=clock.seconds)
+    saved.logical_size = sum(row.size for row in rows)
+    saved.n_chunks = sum(len(known.ends) for known in tensors)
+    return saved
+
+
+def _row(tensor: Tensor, level: int, root: bytes, fingerprint: bytes) -> TensorRow:
+    return TensorRow(
+        tensor.name, tensor.dtype, tensor.shape, tensor.framework, tensor.size, level, root, fingerprint
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pending:
+    """A tensor whose chunks are to be looked up; `known.packs` is None until then.
+
+    Parameters
+    ----------
+    at : int
+        The tensor's place in the state.
+    tensor : Tensor
+    known : Known
+    asked : ndarray of int64
+        The chunks that are not known to be there.
+    packs : frozenset of PackName
+        Packs that hold the others.
+    lists : list of ndarray of uint8
+        The tensor's list chunks.
+    list_ids : list of bytes
+    """
+
+    at: int
+    tensor: Tensor
+    known: Known
+    asked: npt.NDArray[np.int64]
+    packs: frozenset[PackName]
+    lists: list[U8]
+    list_ids: list[bytes]
+
+
+class _Saver:
+    """One walk over a state's tensors.
+
+    What changed is looked up and put group by group: a look-up costs 100 us whether for one chunk or for
+    a thousand, and hashing is done before encoders compete for the cores.
+    """
+
+    def __init__(self, session: Session, memory: Memory, clock: _Clock) -> None:
+        self._session = session
+        self._memory = memory
+        self._here = Memory()
+        self._clock = clock
+        self._knowns: list[Known | None] = []
+        self._pending: list[_Pending] = []
+        self._pending_size = 0
+        self.changed: set[str] = set()  # tensors with chunks or lists in the packs of this session
+
+    def all(self, tensors: Sequence[Tensor]) -> list[Known | None]:
+        """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
+        for tensor in tensors:
+            known = self._unchanged_or_changed(tensor) if tensor.size else None
+            self._knowns.append(known)
+            if known is not None:
+                self._here.add(known)
+            if self._pending_size >= _GROUP_SIZE:
+                self._put_pending()
+        self._put_pending()
+        return self._knowns
+
+    def _put_pending(self) -> None:
+        """Look the group's chunks and lists up, and put those that the store lacks."""
+        group, self._pending, self._pending_size = self._pending, [], 0
+        if not group:
+            return
+        parts = [p.known.ids[p.asked] for p in group]
+        parts += [_as_ids(p.list_ids) for p in group if p.list_ids]
+        holders = iter(self._session.look_up(np.concatenate(parts)))
+        chunks = [[next(holders) for _ in p.asked] for p in group]
+        for pending, found in zip(group, chunks, strict=True):
+            self._finish(pending, found, [next(holders) for _ in pending.list_ids])
+        self._clock.lap("write")
+
+    def _finish(self, p: _Pending, chunks: list[PackName | None], lists: list[PackName | None]) -> None:
+        """Put what is in no pack, given the packs of a tensor's asked chunks and of its lists."""
+        kind, ends = _kind(p.tensor.dtype), p.known.ends
+        for i, holder in zip(p.asked.tolist(), chunks, strict=True):
+            if holder is None:
+                start = int(ends[i - 1]) if i else 0
+                self._session.put(p.known.ids[i].tobytes(), p.tensor.data[start : int(ends[i])], kind)
+        for chunk_id, data, holder in zip(p.list_ids, p.lists, lists, strict=True):
+            if holder is None:
+                self._session.put(chunk_id, data, _LIST_KIND)
+        holders = {*chunks, *lists}
+        if None in holders:
+            self.changed.add(p.tensor.name)
+        packs = p.packs.union(name for name in holders if name is not None)
+        self._knowns[p.at] = replace(p.known, packs=packs)
+
+    def _unchanged_or_changed(self, tensor: Tensor) -> Known:
+        before = self._memory.same_place(tensor)
+        if before is not None:
+            fingerprints = fingerprint(tensor.data, before.ends)
+            self._clock.lap("compare")
+            if fingerprints == before.fingerprints and self._reusable(before):
+                return before if before.row.framework == tensor.framework else self._renamed(before, tensor)
+            whole = self._whole(tensor, fingerprints)
+        else:
+            whole = xxhash.xxh3_128_digest(tensor.data)
+            before = self._here.same_content(tensor.size, whole) or self._memory.same_content(
+                tensor.size, whole
+            )
+            if before is not None:
+                fingerprints = fingerprint(tensor.data, before.ends)
+                self._clock.lap("compare")
+                if fingerprints == before.fingerprints and self._reusable(before):
+                    return self._renamed(before, tensor)
+        if before is None:
+            ends = self._session.store.chunker.cuts(tensor.data, DTYPE_SIZES[tensor.dtype])
+            fingerprints = fingerprint(tensor.data, ends)
+            self._clock.lap("chunk")
+        else:
+            ends = before.ends
+        return self._changed(tensor, ends, fingerprints, whole, before)
+
+    def _whole(self, tensor: Tensor, fingerprints: list[bytes]) -> bytes:
+        return fingerprints[0] if len(fingerprints) == 1 else xxhash.xxh3_128_digest(tensor.data)
+
+    def _reusable(self, known: Known) -> bool:
+        return known.packs is not None and self._session.may_use(known.packs)
+
+    def _renamed(self, known: Known, tensor: Tensor) -> Known:
+        """Return the same chunks as another tensor's."""
+        row = known.row
+        return replace(known, row=_row(tensor, row.level, row.root, row.fingerprint))
+
+    def _changed(
+        self, tensor: Tensor, ends: Ends, fingerprints: list[bytes], whole: bytes, before: Known | None
+    ) -> Known:
+        """Identify a tensor's chunks and lists, to be put with the group."""
+        data = tensor.data
+        ids = np.empty((len(ends), CHUNK_ID_SIZE), np.uint8)
+        changed = np.ones(len(ends), np.bool_)
+        if before is not None and before.fingerprints is not None:
+            changed[:] = [a != b for a, b in zip(fingerprints, before.fingerprints, strict=True)]
+            ids[~changed] = before.ids[~changed]
+        hashed = identify(data, ends, np.flatnonzero(changed))
+        if hashed:
+            ids[changed] = _as_ids(hashed)
+        # What did not change is there already, unless gc condemned it meanwhile.
+        packs: frozenset[PackName] = frozenset()
+        asked = np.arange(len(ends))
+        if before is not None and self._reusable(before) and len(before.packs or ()) <= _N_PACKS_MAX:
+            packs, asked = before.packs or packs, np.flatnonzero(changed)
+        level, root, lists, list_ids = _lists(ids, ends)
+        self._clock.lap("identify")
+        known = Known(_row(tensor, level, root, whole), ends, ids, fingerprints, None)
+        at = len(self._knowns)
+        self._pending.append(_Pending(at, tensor, known, asked, packs, lists, list_ids))
+        self._pending_size += tensor.size
+        return known
+
+
+def _lists(ids: U8, ends: Ends) -> tuple[int, bytes, list[U8], list[bytes]]:
+    """Return level and id of a tensor's root, and its lists with their ids; a single chunk needs none."""
+    if len(ends) == 1:
+        return 0, ids[0].tobytes(), [], []
+    level, levels = build_lists(ids, np.diff(ends, prepend=0))
+    lists = [np.frombuffer(data, np.uint8) for row in levels for data in row]
+    list_ids = [blake3(data).digest() for data in lists]
+    return level, list_ids[-1], lists, list_ids
+
+
+def _as_ids(digests: list[bytes]) -> U8:
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CHUNK_ID_SIZE)
+
+
+def _kind(dtype: str) -> Kind:
+    size = DTYPE_SIZES[dtype]
+    if dtype.startswith("complex"):
+        return Kind(size // 2, True)
+    return Kind(size, "float" in dtype and size > 1)
+
+
+def _spans(ends: Ends, size: int) -> Iterator[tuple[int, int]]:
+    """Split chunks into runs of about `size` bytes: first chunk, chunk after the last."""
+    first, start = 0, 0
+    for i, end in enumerate(ends.tolist()):
+        if end - start >= size:
+            yield first, i + 1
+            first, start = i + 1, end
+    if first < len(ends):
+        yield first, len(ends)
+
+
+def fingerprint(data: U8, ends: Ends) -> list[bytes]:
+    """Return the xxh3_128 of each chunk."""
+
+    def span(bounds: tuple[int, int]) -> list[bytes]:
+        first, stop = bounds
+        start = int(ends[first - 1]) if first else 0
+        digests = []
+        for end in ends[first:stop].tolist():
+            digests.append(xxhash.xxh3_128_digest(data[start:end]))
+            start = end
+        return digests
+
+    return [d for part in _in_parallel(span, list(_spans(ends, _TASK_SIZE))) for d in part]
+
+
+def identify(data: U8, ends: Ends, which: npt.NDArray[np.int64]) -> list[bytes]:
+    """Return the BLAKE3-256 of some chunks."""
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+
+    def some(numbers: npt.NDArray[np.int64]) -> list[bytes]:
+        return [blake3(data[starts[i] : ends[i]]).digest() for i in numbers.tolist()]
+
+    n_tasks = max(1, int((ends[which] - starts[which]).sum()) // _TASK_SIZE)
+    return [d for part in _in_parallel(some, np.array_split(which, n_tasks)) for d in part]
+
+
+def _in_parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
+    """Map over items in order, in threads when there are several."""
+    if len(items) < 2 or n_threads() == 1:
+        return map(function, items)
+    return workers.get().map(function, items)
+
+
+class _Window(Generic[R]):
+    """Tasks in threads, at most `size` of them unfinished."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._futures: deque[Future[R]] = deque()
+
+    def submit(self, function: Callable[..., R], *args: Any) -> None:
+        self._futures.append(workers.get().submit(function, *args))
+        while len(self._futures) > self._size:
+            self._futures.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all; raise the first error once none runs any more."""
+        error: BaseException | None = None
+        for future in self._futures:
+            error = error or future.exception()
+        self._futures.clear()
+        if error is not None:
+            raise error
+
+
+# -- back
+
+
+@contextmanager
+def _naming(row: TensorRow) -> Iterator[None]:
+    """Name the tensor in what goes wrong."""
+    try:
+        yield
+    except CorruptError as e:
+        raise CorruptError(f"tensor {row.name!r}: {e.message}", hint=e.hint) from e
+
+
+def resolve(store: Store, rows: Sequence[TensorRow]) -> list[npt.NDArray[np.void]]:
+    """Return each tensor's chunks, ids and sizes, as LIST_ROW.
+
+    Raises
+    ------
+    CorruptError
+        If a list is missing or damaged; names the tensor.
+    """
+    tables = []
+    for row in rows:
+        table = np.zeros(1 if row.size else 0, LIST_ROW)
+        if row.size:
+            table["id"], table["size"] = np.frombuffer(row.root, np.uint8), row.size
+        tables.append(table)
+    for level in range(max((row.level for row in rows), default=0), 0, -1):
+        todo = [i for i, row in enumerate(rows) if row.level >= level]
+        ids = np.concatenate([tables[i]["id"] for i in todo])
+        found = store.find(ids)
+        at = 0
+        for i in todo:
+            parts = []
+            for entry in tables[i]:
+                chunk_id = entry["id"].tobytes()
+                with _naming(rows[i]):
+                    chunk = np.empty(int(found[at]["raw_size"]), np.uint8)
+                    store.read_into(chunk_id, found[at], chunk)
+                    where = f"list {chunk_id.hex()[:16]}"
+                    parts.append(list_from_bytes(chunk, level, int(entry["size"]), where))
+                at += 1
+            tables[i] = np.concatenate(parts)
+    return tables
+
+
+def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
+    """Rebuild tensors, decoding in threads straight into their memory, every chunk checked against its id.
+
+    Parameters
+    ----------
+    store : Store
+    tensors : sequence of (TensorRow, ndarray of uint8)
+        Each tensor and its destination, of exactly its size.
+
+    Raises
+    ------
+    CorruptError
+        If a chunk is missing or damaged; names the tensor, the chunk and its pack.
+    """
+    tables = resolve(store, [row for row, _ in tensors])
+    chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
+    owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
+    sizes = chunks["size"].astype(np.int64)
+    offsets = np.concatenate(
+        [np.cumsum(t["size"].astype(np.int64)) - t["size"].astype(np.int64) for t in tables] or [sizes]
+    )
+    ids = np.ascontiguousarray(chunks["id"])
+    found = store.find(ids)
+    # In the order of the packs, so that disks are read forwards.
+    order = np.lexsort((found["offset"], found["pack"]))
+    window: _Window[None] = _Window(4 * n_threads())
+
+    def some(numbers: list[int]) -> None:
+        for i in numbers:
+            row, out = tensors[owners[i]]
+            with _naming(row):
+                store.read_into(ids[i].tobytes(), found[i], out[offsets[i] : offsets[i] + sizes[i]])
+
+    try:
+        for first, stop in _spans(np.cumsum(sizes[order]), _TASK_SIZE // 4):
+            window.submit(some, order[first:stop].tolist())
+    finally:
+        window.finish()
+
+
+def load(store: Store, manifest: Manifest, *, keys: str | Sequence[str] | None, into: State | None) -> State:
+    """Rebuild a state, or those parts of it whose names match `keys`, into `into`'s arrays where given."""
+    rows = manifest.tensors
+    if keys is None:
+        structure, wanted = manifest.structure, list(range(len(rows)))
+    else:
+        structure, wanted = tree.select(manifest.structure, [row.name for row in rows], keys)
+    values: list[Any] = [None] * len(rows)
+    jobs: list[tuple[TensorRow, U8]] = []
+    later: list[tuple[Any, Any]] = []
+    if into is not None:
+        pairs = tree.pair_into(structure, into, [(row.name, row.dtype, row.shape) for row in rows])
+        for i, array in pairs:
+            if values[i] is not None:
+                later.append((array, values[i]))
+                continue
+            values[i] = array
+            out = arrays.destination(array, rows[i].dtype, rows[i].shape, rows[i].name)
+            if out is None:
+                temporary, out = arrays.allocate(rows[i].dtype, rows[i].shape, rows[i].framework)  # type: ignore[arg-type]
+                later.insert(0, (array, temporary))
+            jobs.append((rows[i], out))
+    for i in wanted:
+        if values[i] is None:
+            values[i], out = arrays.allocate(rows[i].dtype, rows[i].shape, rows[i].framework)  # type: ignore[arg-type]
+            jobs.append((rows[i], out))
+    fill(store, jobs)
+    for array, source in later:
+        if array is not source:
+            arrays.copy_into(array, source)
+    return tree.unflatten(structure, values)

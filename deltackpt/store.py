@@ -1,0 +1,371 @@
+"""A store: where the format meets I/O for reading.
+
+Owns   opening and creating, the descriptor, the index over all packs, what gc condemned, reading chunks.
+Never  writes but once, at its creation (see session.py), or knows what a tensor is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import numpy as np
+from blake3 import blake3
+
+from deltackpt import codecs, pack
+from deltackpt.backends import Backend
+from deltackpt.backends.local import LocalBackend
+from deltackpt.chunking import Chunker
+from deltackpt.errors import (
+    CorruptError,
+    DeltackptError,
+    InvalidInputError,
+    NotFoundError,
+    UnsupportedVersionError,
+)
+from deltackpt.format import RECORD_HEADER, VERSION, check_features, seal, unseal
+from deltackpt.index import Index, Rows, Segment
+from deltackpt.pack import PackName, Record
+from deltackpt.records import GcRecord, SessionName, parse_gc_key, sid_of
+from deltackpt.refs import Refs
+from deltackpt.scratch import Scratch
+from deltackpt.types import U8
+
+log = logging.getLogger("deltackpt")
+
+DESCRIPTOR = "deltackpt.json"
+DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "tmp")
+#: No chain is deeper; on file so that every writer of a store keeps to the same bound.
+DEPTH_MAX = 8
+
+#: What every call takes as a store: its directory, a backend, or a store already open.
+Where: TypeAlias = "str | os.PathLike[str] | Backend | Store"
+
+
+class Store:
+    """An open store.  Safe to share between threads.
+
+    Use `open_store`; `Store(backend)` is for a store known to be there.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        descriptor = self.read_descriptor()
+        self.descriptor_bytes, body = descriptor
+        self.uuid = uuid.UUID(body["uuid"]).bytes
+        self.chunker = Chunker.from_json(body["chunker"])
+        self.refs = Refs(backend)
+        self._index = Index()
+        self._loaded: set[str] = set()
+        self._gc_records: dict[str, GcRecord] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def url(self) -> str:
+        """Where it is, for messages."""
+        return self.backend.url
+
+    def read_descriptor(self) -> tuple[bytes, dict[str, Any]]:
+        """Return the descriptor's bytes and content, checked."""
+        try:
+            data = self.backend.read(DESCRIPTOR)
+        except NotFoundError as e:
+            raise NotFoundError(
+                f"{self.backend.url}: no deltackpt store here", hint="check the path, or save into it first"
+            ) from e
+        where = f"{self.backend.url}/{DESCRIPTOR}"
+        body = unseal(data, where)
+        if body.get("format") != "deltackpt" or not isinstance(body.get("version"), int):
+            raise CorruptError(f"{where}: format {body.get('format')!r} version {body.get('version')!r}")
+        if body["version"] > VERSION:
+            raise UnsupportedVersionError(
+                f"{where}: format version {body['version']}, this build reads up to {VERSION}",
+                hint="upgrade deltackpt",
+            )
+        check_features(body.get("features"), where)
+        try:
+            uuid.UUID(body["uuid"])
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise CorruptError(f"{where}: uuid is {body.get('uuid')!r}") from e
+        return data, body
+
+    # -- what is where
+
+    def refresh(self, *, complete: bool = False) -> Index:
+        """Load what index files were added; return the index.
+
+        Parameters
+        ----------
+        complete : bool
+            Read the footers of packs that no index file covers too.  An index is derived data: a power
+            loss may take it, or damage, and then the packs themselves tell what they hold.
+        """
+        with self._lock:
+            names = {e.name for e in self.backend.list("index/") if sid_of(e.name)}
+            if not self._loaded <= names:  # merged by gc meanwhile
+                self._index, self._loaded = Index(self._index), set()
+            for name in sorted(names - self._loaded):
+                try:
+                    data = self.backend.map(name)
+                    self._index.add(Segment.from_bytes(data, self.uuid, f"{self.url}/{name}"))
+                except NotFoundError:  # merged by gc since the listing
+                    return self.refresh(complete=complete)
+                except CorruptError as e:
+                    log.warning("%s; its packs are read instead; deltackpt gc replaces it", e.message)
+                self._loaded.add(name)
+            if complete:
+                self._cover()
+            return self._index
+
+    def _cover(self) -> None:
+        """Take in the footers of packs that no index file covers."""
+        for entry in self.backend.list("packs/"):
+            name = PackName.from_key(entry.name)
+            if name is None or name in self._index:
+                continue
+            where = f"{self.url}/{entry.name}"
+            try:
+                rows = pack.read_footer(self._reader(entry.name), entry.size, where)
+            except NotFoundError:  # deleted by gc since the listing
+                continue
+            except CorruptError as e:
+                log.warning("%s; what it holds is not known", e.message)
+                continue
+            self._index.add_unlisted(Segment.build([(name, entry.size, rows)]))
+
+    def _reader(self, key: str) -> pack.ReadAt:
+        return lambda offset, size: self.backend.read(key, offset, size)
+
+    def learn(self, key: str, segment: Segment) -> None:
+        """Take in an index file that this process has just written."""
+        with self._lock:
+            self._index.add(segment)
+            self._loaded.add(key)
+
+    def gc_state(self) -> tuple[int, frozenset[PackName]]:
+        """Return the number of gc cycles begun, and the packs that no new save may use.
+
+        Those are, cycle by cycle, the packs in its sweep record if it has one, else in its condemn record:
+        release is per cycle, so a pack that one cycle spared stays condemned if another condemned it.
+        """
+        found = {parse_gc_key(e.name) for e in self.backend.list("gc/")}
+        cycles = {key[1] for key in found if key}
+        condemned: set[PackName] = set()
+        for cycle in range(len(cycles)):
+            kind = "sweep" if ("sweep", cycle) in found else "condemn"
+            condemned |= self.gc_record(f"gc/{kind}-{cycle}").packs
+        return len(cycles), frozenset(condemned)
+
+    def gc_record(self, key: str) -> GcRecord:
+        """Return a gc record; they never change, so each is read once."""
+        with self._lock:
+            if key not in self._gc_records:
+                try:
+                    data = self.backend.read(key)
+                except NotFoundError as e:
+                    raise CorruptError(f"{self.url}/{key}: is missing", hint="restore it from a copy") from e
+                self._gc_records[key] = GcRecord.from_bytes(data, key)
+            return self._gc_records[key]
+
+    def sessions(self) -> list[SessionName]:
+        """Return the writers at work, and the dead whom gc has not ended yet."""
+        names = (SessionName.from_key(e.name) for e in self.backend.list("sessions/"))
+        return [name for name in names if name is not None]
+
+    # -- reading chunks
+
+    def find(self, ids: U8) -> Rows:
+        """Return where each chunk is, `pack` counting in the index's packs.
+
+        Parameters
+        ----------
+        ids : ndarray of uint8, shape (n, 32)
+
+        Raises
+        ------
+        CorruptError
+            If a chunk is nowhere in the store.
+        """
+        with self._lock:
+            found, rows = self._index.find(ids)
+            for complete in (False, True):
+                if found.all():
+                    break
+                found, rows = self.refresh(complete=complete).find(ids)
+        if not found.all():
+            missing = ids[int(np.argmin(found))].tobytes().hex()
+            raise CorruptError(f"{self.url}: chunk {missing[:16]} is in no pack", hint="run deltackpt verify")
+        return rows
+
+    def pack_name(self, number: int) -> PackName:
+        """Return the pack that a found row's `pack` counts."""
+        return self._index.packs[number]
+
+    def read_chunk(self, chunk_id: bytes, size: int | None = None) -> U8:
+        """Return one chunk's decoded bytes, checked against its id."""
+        row = self.find(np.frombuffer(chunk_id, np.uint8).reshape(1, 32))[0]
+        out = np.empty(int(row["raw_size"]) if size is None else size, np.uint8)
+        self.read_into(chunk_id, row, out)
+        return out
+
+    def read_into(self, chunk_id: bytes, row: np.void, out: U8) -> None:
+        """Fill `out` with a chunk's decoded bytes, checked against its id.
+
+        A copy that is damaged or gone does no harm while there is another one.
+
+        Raises
+        ------
+        CorruptError
+            If no copy gives the chunk's bytes; names the chunk and the pack of the copy tried first.
+        """
+        try:
+            self._read_copy(chunk_id, row, self.pack_name(int(row["pack"])), out)
+        except (CorruptError, NotFoundError) as e:
+            log.warning("%s; looking for another copy", e.message)
+            self._read_other_copy(chunk_id, row, out, e)
+
+    def _read_other_copy(self, chunk_id: bytes, tried: np.void, out: U8, first: DeltackptError) -> None:
+        with self._lock:
+            bad = {self.pack_name(int(tried["pack"]))}
+            index = self.refresh(complete=True)
+            copies = [(row, index.packs[int(row["pack"])]) for row in index.copies(chunk_id)]
+        for row, name in copies:
+            if name in bad:
+                continue
+            bad.add(name)
+            try:
+                self._read_copy(chunk_id, row, name, out)
+            except (CorruptError, NotFoundError):
+                continue
+            return
+        message = (
+            first.message if isinstance(first, CorruptError) else f"{first.message}: its pack is missing"
+        )
+        raise CorruptError(message, hint="run deltackpt verify; restore another step or copy") from first
+
+    def _read_copy(self, chunk_id: bytes, row: np.void, name: PackName, out: U8) -> None:
+        _, _, offset, raw_size, stored_size, _, codec, depth, itemsize = row.item()
+        where = f"{self.url}/{name.key} @ {offset}: chunk {chunk_id.hex()[:16]}"
+        if raw_size != out.size:
+            raise CorruptError(f"{where}: has {raw_size} bytes, expected {out.size}")
+        header = bytearray(RECORD_HEADER.size)
+        if codec == codecs.raw.NUMBER and stored_size == raw_size and depth == 0:
+            self.backend.read_into(name.key, offset, [header, out])
+            pack.check_row(Record.from_bytes(header, where), row, where)
+        else:
+            payload = _local.scratch.of(stored_size)
+            self.backend.read_into(name.key, offset, [header, payload])
+            pack.check_row(Record.from_bytes(header, where), row, where)
+            if depth:
+                raise UnsupportedVersionError(f"{where}: is a delta, this build reads whole chunks")
+            codecs.decode(codec, payload, itemsize, out, where)
+        if blake3(out).digest() != chunk_id:
+            raise CorruptError(f"{where}: decoded bytes do not give its id")
+
+
+def open_store(where: Where, *, create: bool = False) -> Store:
+    """Open a store.
+
+    Parameters
+    ----------
+    where : path, Backend or Store
+        A store already open is returned as it is.
+    create : bool
+        Make it if there is none.
+
+    Raises
+    ------
+    NotFoundError
+        If there is none and `create` is false.
+    InvalidInputError
+        If `create` would make it among other files.
+
+    Examples
+    --------
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> len(open_store(MemoryBackend(), create=True).uuid)
+    16
+    """
+    if isinstance(where, Store):
+        return where
+    backend = where if isinstance(where, Backend) else LocalBackend(where)
+    if create and not backend.exists(DESCRIPTOR):
+        _create(backend)
+    store = Store(backend)
+    if create:
+        there = set(backend.list_dirs(""))
+        # The descriptor was created after the barrier that made them durable.
+        backend.rely_on(there.intersection(DIRS))
+        # A copy made by a tool that drops empty directories lacks some.
+        backend.make_dirs(sorted(set(DIRS) - there))
+    return store
+
+
+def _check_only_ours(backend: Backend) -> None:
+    """Refuse to make a store among other people's files; one half made by a dead process is ours."""
+    names = [entry.name for entry in backend.list("")] + backend.list_dirs("")
+    foreign = sorted(set(names) - {DESCRIPTOR, *DIRS})
+    if foreign:
+        raise InvalidInputError(
+            f"{backend.url}: not a deltackpt store, and it holds {foreign[0]!r}",
+            hint="choose an empty or a new directory",
+        )
+
+
+def _create(backend: Backend) -> None:
+    _check_only_ours(backend)
+    backend.make_dirs(DIRS)
+    backend.probe()
+    backend.barrier()
+    body = {
+        "format": "deltackpt",
+        "version": VERSION,
+        "uuid": str(uuid.uuid4()),
+        "chunker": Chunker().to_json(),
+        "depth_max": DEPTH_MAX,
+        "features": [],
+    }
+    # After the barrier: whoever finds a descriptor may rely on the directories.
+    backend.create_once(DESCRIPTOR, seal(body))
+    backend.barrier()
+
+
+class _Local(threading.local):
+    """What each thread reads payloads into."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_local = _Local()
+
+
+class _Pool:
+    """The process's worker threads, made when first needed and again in a forked child."""
+
+    def __init__(self, n_threads: Callable[[], int]) -> None:
+        self._n_threads = n_threads
+        self._pid = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> ThreadPoolExecutor:
+        """Return the pool."""
+        with self._lock:
+            if self._pool is None or self._pid != os.getpid():
+                self._pool = ThreadPoolExecutor(self._n_threads(), "deltackpt")
+                self._pid = os.getpid()
+            return self._pool
+
+
+def n_threads() -> int:
+    """Return how many threads encode and decode: one a core this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+workers = _Pool(n_threads)

@@ -1,0 +1,328 @@
+"""verify: read, compare, report.
+
+Owns   the levels of checking, and telling damage as run, step, tensor, chunk and pack.
+Never  changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from deltackpt import codecs, pack
+from deltackpt.errors import CorruptError, DeltackptError, FormatError, InvalidInputError, NotFoundError
+from deltackpt.format import INDEX_HEADER, PACK_HEADER, RECORD_HEADER, unseal
+from deltackpt.index import Segment
+from deltackpt.manifest import TensorRow
+from deltackpt.pack import PackName, Record
+from deltackpt.records import GC_RUN, Commit, SessionName, Slot, parse_gc_key, sid_of, tombstone
+from deltackpt.run import read_manifest
+from deltackpt.snapshot import resolve
+from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store, workers
+
+Level = Literal["references", "stored", "decode"]
+LEVELS: tuple[Level, ...] = ("references", "stored", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing found wrong.
+
+    Parameters
+    ----------
+    kind : str
+        commit, tombstone, gc, manifest, list, chunk, pack, index or quarantine.
+    key : str
+        The file.
+    message : str
+        What was found, what was expected.
+    hits : list of str
+        The tensors that cannot be given back, as ``run step: tensor``; none if no step needs it.
+    """
+
+    kind: str
+    key: str
+    message: str
+    hits: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was checked, and what was found.
+
+    Parameters
+    ----------
+    level : str
+    n_steps, n_packs, n_chunks : int
+        Steps whose references were followed, packs, and different chunks they need.
+    checked_size : int
+        Bytes of packs read.
+    damage : list of Damage
+    foreign : list of str
+        Files that are not deltackpt's; they do no harm.
+    """
+
+    level: str
+    n_steps: int = 0
+    n_packs: int = 0
+    n_chunks: int = 0
+    checked_size: int = 0
+    damage: list[Damage] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether no damage was found."""
+        return not self.damage
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return {**asdict(self), "clean": self.clean}
+
+
+def verify(where: Where, *, level: Level = "references") -> VerifyReport:
+    """Check a store.
+
+    Parameters
+    ----------
+    where : path, Backend or Store
+    level : {"references", "stored", "decode"}
+        references: every record, manifest and list, and that every chunk is in a pack that is there.
+        stored: also every stored byte against its checksum.
+        decode: also every chunk's decoded bytes against its id.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no store.
+    StorageError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> from deltackpt import delta
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> store = open_store(MemoryBackend(), create=True)
+    >>> _ = delta.save({"note": b"x" * 5000}, store, step=1)
+    >>> verify(store, level="decode").clean
+    True
+    """
+    if level not in LEVELS:
+        raise InvalidInputError(f"level: found {level!r}, expected one of {LEVELS}")
+    # A store of its own: what was read before proves nothing about the bytes there now.
+    return _Verifier(Store(open_store(where).backend), VerifyReport(level)).run()
+
+
+class _Verifier:
+    """One call of `verify`."""
+
+    def __init__(self, store: Store, report: VerifyReport) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._report = report
+        self._users: dict[tuple[int, bytes, int], list[str]] = {}  # tensor's root: who needs it
+        self._ids: dict[tuple[int, bytes, int], np.ndarray[Any, Any]] = {}
+        self._packs: dict[PackName, int] = {}
+
+    def run(self) -> VerifyReport:
+        self._names()
+        self._small_records()
+        self._index_files()
+        for run in [*self._store.refs.runs(), GC_RUN]:
+            self._run(run)
+        self._lists()
+        self._places()
+        if self._report.level != "references":
+            self._stored()
+        return self._report
+
+    def _add(self, kind: str, key: str, error: DeltackptError | str, hits: list[str] | None = None) -> None:
+        message = error if isinstance(error, str) else error.message
+        self._report.damage.append(Damage(kind, key, message, hits or []))
+
+    # -- names
+
+    def _names(self) -> None:
+        """List what is there; note files that are not ours."""
+        foreign = [e.name for e in self._backend.list("") if e.name != DESCRIPTOR]
+        foreign += [name + "/" for name in self._backend.list_dirs("") if name not in DIRS]
+        for entry in self._backend.list("packs/"):
+            name = PackName.from_key(entry.name)
+            if name is None:
+                foreign.append(entry.name)
+            else:
+                self._packs[name] = entry.size
+        for place in ("index/", "manifests/"):
+            foreign += [e.name for e in self._backend.list(place) if sid_of(e.name) is None]
+        foreign += [e.name for e in self._backend.list("sessions/") if SessionName.from_key(e.name) is None]
+        self._report.foreign = foreign
+        self._report.n_packs = len(self._packs)
+
+    def _small_records(self) -> None:
+        """Check gc's records and the quarantine."""
+        seen = set()
+        for entry in self._backend.list("gc/"):
+            parsed = parse_gc_key(entry.name)
+            if parsed is None:
+                self._report.foreign.append(entry.name)
+                continue
+            seen.add(parsed)
+            try:
+                self._store.gc_record(entry.name)
+            except FormatError as e:
+                self._add("gc", entry.name, e)
+        for kind, cycle in sorted(seen):
+            if kind == "sweep" and ("condemn", cycle) not in seen:
+                self._add("gc", f"gc/condemn-{cycle}", "missing, and its sweep record is there")
+            if cycle and ("condemn", cycle - 1) not in seen:
+                self._add("gc", f"gc/condemn-{cycle - 1}", "missing, and a later cycle is there")
+
+    def _index_files(self) -> None:
+        for entry in self._backend.list("index/"):
+            if sid_of(entry.name) is None:
+                continue
+            try:
+                data = self._backend.read(entry.name)
+                Segment.from_bytes(data, self._store.uuid, entry.name)
+                sid = INDEX_HEADER.unpack(data, entry.name)[3]
+                if entry.name != f"index/{sid.hex()}.idx":
+                    raise CorruptError(f"{entry.name}: is the index of session {sid.hex()}")
+            except FormatError as e:
+                self._add("index", entry.name, f"{e.message}; derived data, deltackpt gc replaces it")
+            except NotFoundError:
+                continue  # merged meanwhile
+
+    # -- references
+
+    def _run(self, run: str) -> None:
+        """Check a run's decisions, tombstones and manifests."""
+        listing = self._store.refs.listing(run)
+        slots = set(listing.slots)
+        for slot in sorted(slots | listing.tombstones):
+            if slot not in slots:
+                self._add("commit", slot.key, "missing, and its tombstone is there")
+            if slot in listing.tombstones:
+                self._tombstone(slot)
+            self._decision(slot, slot in listing.gone)
+
+    def _tombstone(self, slot: Slot) -> None:
+        key, expected = tombstone(slot)
+        found = self._backend.read(key)
+        if found != expected:
+            try:
+                unseal(found, key)
+            except FormatError as e:
+                self._add("tombstone", key, e)
+            else:
+                self._add("tombstone", key, f"is not the tombstone of {slot.key}")
+
+    def _decision(self, slot: Slot, is_gone: bool) -> None:
+        try:
+            commit = self._store.refs.decision(slot)
+        except FormatError as e:
+            self._add("commit", slot.key, e, [] if is_gone else [f"{slot.run} {slot.step}: all of it"])
+            return
+        if is_gone or not isinstance(commit, Commit):
+            return
+        self._report.n_steps += 1
+        try:
+            manifest = read_manifest(self._store, commit)
+        except FormatError as e:
+            if not self._store.refs.is_gone(slot):
+                self._add("manifest", commit.manifest_key, e, [f"{slot.run} {slot.step}: all of it"])
+            return
+        for row in manifest.tensors:
+            if row.size:
+                user = f"{slot.run} {slot.step}: {row.name}"
+                self._users.setdefault((row.level, row.root, row.size), []).append(user)
+
+    def _lists(self) -> None:
+        """Read the lists of every different tensor."""
+        for root, users in self._users.items():
+            level, chunk_id, size = root
+            row = TensorRow(users[0], "uint8", (size,), "numpy", size, level, chunk_id, b"")
+            try:
+                self._ids[root] = resolve(self._store, [row])[0]["id"]
+            except FormatError as e:
+                self._add("list", self._store.url, e, users)
+        self._report.n_chunks = len(self._wanted())
+
+    def _wanted(self) -> set[bytes]:
+        return {chunk_id.tobytes() for ids in self._ids.values() for chunk_id in ids}
+
+    def _hits(self, chunk_ids: set[bytes]) -> list[str]:
+        """Return which tensors need some of these chunks."""
+        hits = []
+        for root, ids in self._ids.items():
+            if root[1] in chunk_ids or any(i.tobytes() in chunk_ids for i in ids):
+                hits += self._users[root]
+        return sorted(hits)
+
+    def _places(self) -> None:
+        """Check that every chunk has a place in a pack that is there."""
+        wanted = sorted(self._wanted())
+        if not wanted:
+            return
+        index = self._store.refresh(complete=True)
+        lost = frozenset(name for name in index.packs if name not in self._packs)
+        found, rows = index.find(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 32), lost)
+        for chunk_id, there, row in zip(wanted, found, rows, strict=True):
+            if not there:
+                self._add("chunk", chunk_id.hex(), "is in no pack", self._hits({chunk_id}))
+                continue
+            name = index.packs[int(row["pack"])]
+            if int(row["offset"]) + RECORD_HEADER.size + int(row["stored_size"]) > self._packs[name]:
+                message = f"{name.key}: pack ends before chunk {chunk_id.hex()[:16]}"
+                self._add("pack", name.key, message, self._hits({chunk_id}))
+
+    # -- stored bytes
+
+    def _stored(self) -> None:
+        def check(name: PackName) -> list[tuple[str, bytes | None]]:
+            return list(self._pack(name))
+
+        names = sorted(self._packs)
+        for name, problems in zip(names, workers.get().map(check, names), strict=True):
+            for message, chunk_id in problems:
+                self._add("pack", name.key, message, self._hits({chunk_id}) if chunk_id else [])
+            self._report.checked_size += self._packs[name]
+
+    def _pack(self, name: PackName) -> Iterator[tuple[str, bytes | None]]:
+        """Check a pack's bytes; yield what is wrong and with which chunk."""
+        size, key = self._packs[name], name.key
+        try:
+            header = self._backend.read(key, 0, min(size, PACK_HEADER.size))
+            pack.read_header(header, key, store=self._store.uuid, name=name)
+            rows = pack.read_footer(lambda offset, n: self._backend.read(key, offset, n), size, key)
+        except NotFoundError:
+            return  # deleted by gc since the listing
+        except FormatError as e:
+            yield e.message, None
+            return
+        for row in rows:
+            try:
+                self._record(key, row)
+            except FormatError as e:
+                yield e.message, row["id"].tobytes()
+            except NotFoundError:
+                return
+
+    def _record(self, key: str, row: np.void) -> None:
+        offset = int(row["offset"])
+        where = f"{key} @ {offset}"
+        data = np.frombuffer(
+            self._backend.read(key, offset, RECORD_HEADER.size + int(row["stored_size"])), np.uint8
+        )
+        record = Record.from_bytes(data.data, where)
+        pack.check_row(record, row, where)
+        payload = data[RECORD_HEADER.size :]
+        pack.check_payload(record, payload, where)
+        if self._report.level == "decode":
+            out = np.empty(record.raw_size, np.uint8)
+            codecs.decode(record.codec, payload, record.itemsize, out, where)
+            if blake3(out).digest() != record.id:
+                raise CorruptError(f"{where}: decoded bytes do not give chunk id {record.id.hex()[:16]}")

@@ -1,0 +1,168 @@
+"""Export: one step of a run as a file that other tools read.
+
+Owns   the choice of container by extension, what goes beside the tensors, the order and size of the reads.
+Never  holds more than a batch of tensors in memory (but for torch's files), or leaves half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deltackpt import files, snapshot, tree
+from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from deltackpt.files import TensorSpec
+from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.records import Commit
+from deltackpt.run import Run, read_manifest
+
+#: Extensions that `export` writes.
+WRITABLE = (".safetensors", ".npz", ".pt")
+
+#: Bytes of tensors rebuilt at a time; a larger tensor makes a batch of its own.
+_BATCH_SIZE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What `export` wrote.
+
+    Parameters
+    ----------
+    run, step : str, int
+    path : Path
+    file_size : int
+        Bytes of the file.
+    total_s : float
+        From the call to its return.
+    """
+
+    run: str
+    step: int
+    path: Path
+    file_size: int
+    total_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def export(
+    run: Run,
+    step: int | str = "latest",
+    out: Path | None = None,
+    *,
+    keys: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done_size, total_size: None,
+) -> Exported:
+    """Write one step as a ``.safetensors``, ``.npz`` or ``.pt`` file, every chunk checked against its id.
+
+    Parameters
+    ----------
+    run : Run
+    step : int or "latest"
+    out : Path, optional
+        Its extension chooses the container; by default ``<run>-step-<step>.safetensors`` here.
+    keys : sequence of str, optional
+        Only what these names or shell patterns match.
+    overwrite : bool
+        Replace `out` if it is there.
+    progress : callable
+        Is told the bytes of tensors done and of all, from time to time.
+
+    Returns
+    -------
+    Exported
+
+    Raises
+    ------
+    AlreadyExistsError
+        If `out` is there and `overwrite` is false.
+    InvalidInputError
+        If the extension is unknown or the container cannot hold what the step holds.
+    NotFoundError
+        If there is no such step, key or directory.
+    CorruptError
+        If a byte of it is missing or changed; then no file is left, and an older one is as it was.
+
+    Notes
+    -----
+    A ``.pt`` file holds the state as it was saved.  The other two hold tensors under their names, tied ones
+    once, long bytes and strings as uint8; the nesting and all other values go beside them as JSON:
+    ``{"run", "step", "structure", "tensors"}``, the latter giving names to the structure's tensor indices.
+    """
+    start = time.perf_counter()
+    commit = run.commit(step)
+    path = out or Path(f"{run.name}-step-{commit.slot.step}.safetensors")
+    _check_target(path, overwrite)
+    if path.suffix.lower() == ".pt":
+        files.write_pt(path, run.load(commit.slot.step, keys=keys))
+    else:
+        with run.reading(commit):
+            _write(run, commit, path, keys, progress)
+    return Exported(
+        run.name, commit.slot.step, path, path.stat().st_size, round(time.perf_counter() - start, 6)
+    )
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if path.suffix.lower() not in WRITABLE:
+        raise InvalidInputError(
+            f"{path}: extension {path.suffix!r} is no known container",
+            hint=f"use one of {', '.join(WRITABLE)}",
+        )
+    if not path.parent.is_dir():
+        raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
+    if path.exists() and not overwrite:
+        raise AlreadyExistsError(f"{path}: exists already", hint="choose another name, or pass --overwrite")
+
+
+def _write(
+    run: Run, commit: Commit, path: Path, keys: Sequence[str] | None, progress: Callable[[int, int], None]
+) -> None:
+    manifest = read_manifest(run.store, commit)
+    structure, wanted = _select(manifest, keys)
+    rows = [manifest.tensors[i] for i in wanted]
+    beside = json.dumps(
+        {
+            "run": run.name,
+            "step": commit.slot.step,
+            "structure": structure,
+            "tensors": {i: manifest.tensors[i].name for i in wanted},
+        },
+        separators=(",", ":"),
+    )
+    total_size, done_size = sum(row.size for row in rows), 0
+    with files.create_file(path, [TensorSpec(r.name, r.dtype, r.shape) for r in rows], beside) as target:
+        for batch in _batches(rows, _BATCH_SIZE):
+            snapshot.fill(run.store, [(row, target.buffer(row.name)) for row in batch])
+            for row in batch:
+                target.done(row.name)
+            done_size += sum(row.size for row in batch)
+            progress(done_size, total_size)
+
+
+def _select(manifest: Manifest, keys: Sequence[str] | None) -> tuple[Any, list[int]]:
+    if keys is None:
+        return manifest.structure, list(range(len(manifest.tensors)))
+    return tree.select(manifest.structure, [row.name for row in manifest.tensors], keys)
+
+
+def _batches(rows: Sequence[TensorRow], size: int) -> Iterator[list[TensorRow]]:
+    """Split tensors into runs of at most `size` bytes, or of one tensor."""
+    batch: list[TensorRow] = []
+    batch_size = 0
+    for row in rows:
+        if batch and batch_size + row.size > size:
+            yield batch
+            batch, batch_size = [], 0
+        batch.append(row)
+        batch_size += row.size
+    if batch:
+        yield batch

@@ -1,0 +1,186 @@
+"""Write a golden store: ``python tests/make_golden.py`` makes tests/golden/v1, which must not be there.
+
+Read tests/golden/README.md first: golden stores are added, never regenerated, once released.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from collections import OrderedDict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import zstandard
+
+from deltackpt import gc
+from deltackpt.backends import Backend
+from deltackpt.backends.local import LocalBackend
+from deltackpt.chunking import Chunker
+from deltackpt.format import MANIFEST_HEADER, VERSION, seal
+from deltackpt.records import Fence, Slot
+from deltackpt.run import Run
+from deltackpt.snapshot import fill
+from deltackpt.store import DEPTH_MAX, DESCRIPTOR, DIRS, Store
+from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY
+
+GOLDEN = Path(__file__).parent / "golden"
+#: Small chunks, so that a small store has lists, and lists of lists.
+CHUNKER = Chunker(min_size=256, avg_size=1024, max_size=4096)
+
+
+def noise(size: int, seed: int) -> np.ndarray:
+    """Bytes from integer arithmetic alone (splitmix64): the same on every machine, for ever."""
+    z = (np.arange(-(-size // 8), dtype=np.uint64) + np.uint64(1 + (seed << 32))) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))).astype("<u8").view(np.uint8)[:size]
+
+
+def weights(n: int, seed: int) -> np.ndarray:
+    """float32 with few exponents: what byte planes are for."""
+    return ((noise(4 * n, seed).view("<u4") >> 9) | 0x3C000000).view("<f4")
+
+
+def state(step: int) -> dict[str, Any]:
+    """A state with every tag, every dtype that NumPy has, every codec, and lists of one and two levels."""
+    w = weights(3000, 1).reshape(60, 50)
+    if step > 1:
+        w = w.copy()
+        w[7:9] = weights(100, step).reshape(2, 50)
+    tied = noise(64, 2).view("<i4").reshape(4, 4)
+    odd = np.array([0x7FC00001, 0x80000000, 0xFF800000, 1], "<u4").view("<f4")
+    dtypes = [name for name in DTYPE_SIZES if name not in NOT_IN_NUMPY and name != "bool"]
+    return {
+        "model": {"w": w, "tied": tied, "again": tied, "odd": odd, "scalar": np.array(step, "<i8")},
+        "dtypes": {name: noise(6 * DTYPE_SIZES[name], 3).view(name) for name in dtypes},
+        "mask": np.arange(500) % 7 == 0,
+        "empty": np.zeros((0, 3), "<f8"),
+        "frozen": np.zeros(4096 * 1100, np.uint8),
+        "tokens": np.repeat(noise(400, 4).view("<u4"), 60) % 50_000,
+        "random": noise(5000, 5),
+        "notes": "once upon a checkpoint " * 300,
+        "long": noise(2000, 6).tobytes(),
+        "small": {
+            "none": None,
+            "flag": True,
+            "step": step,
+            "large": -(1 << 70),
+            "lr": 3e-4,
+            "inf": float("inf"),
+            "text": "snow \u2603",
+            "surrogate": "\ud800",
+            "bytes": b"\0\xff",
+            "betas": (0.9, 0.999),
+            "empty": [{}, [], ()],
+            "by_id": {0: "a", (1, "x"): "b", None: tied},
+            "ordered": OrderedDict(b=1, a=2),
+        },
+    }
+
+
+def torch_state() -> dict[str, Any]:
+    """Tensors of torch, of the dtypes that NumPy does not have."""
+    import torch
+
+    half = torch.from_numpy((weights(900, 8).view("<u4") >> 16).astype("<u2").view("<i2"))
+    bits = torch.from_numpy(noise(40, 9).copy())
+    return {
+        "bfloat16": half.view(torch.bfloat16).reshape(30, 30),
+        "float32": torch.from_numpy(weights(3000, 1)),  # the same bytes as step 1's weights
+        **{name: bits.view(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")},
+        "scalar": torch.tensor(2.5),
+    }
+
+
+def make_store(backend: Backend) -> Store:
+    """Make an empty store of small chunks and a fixed uuid."""
+    backend.make_dirs(DIRS)
+    body = {
+        "format": "deltackpt",
+        "version": VERSION,
+        "uuid": "6f1c7f0a-2f8e-4c39-9d5b-3f1f8f8a0c11",
+        "chunker": CHUNKER.to_json(),
+        "depth_max": DEPTH_MAX,
+        "features": [],
+    }
+    backend.create_once(DESCRIPTOR, seal(body))
+    return Store(backend)
+
+
+def write(store: Store, *, with_torch: bool = True) -> None:
+    """Save, overwrite, fence, forget and collect; the same bytes every time."""
+    sids = (hashlib.sha256(b"golden %d" % i).digest()[:16] for i in itertools.count())
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("secrets.token_bytes", side_effect=sids))
+        stack.enter_context(mock.patch("time.time", return_value=1767225600.0))
+        stack.enter_context(mock.patch("time.perf_counter", return_value=0.0))
+        run = Run(store, "main")
+        for step in (1, 2, 3):
+            run.save(state(step), step=step, metrics={"loss": 1 / step}, metadata={"lr": 3e-4})
+        run.save(state(4), step=3, metrics={"loss": 0.25}, overwrite=True)
+        store.refs.decide(Fence(Slot("main", 5, 1), bytes(16)))
+        run.save(state(5), step=5)
+        if with_torch:
+            Run(store, "torch").save(torch_state(), step=10)
+        run.forget([2])
+        gc.collect(store)
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """Tell every step's structure and tensors, with the SHA-256 of their bytes and of the manifest's JSON."""
+    told: dict[str, Any] = {}
+    for name in store.refs.runs():
+        run = Run(store, name)
+        told[name] = {}
+        for step in run.steps():
+            manifest = run.manifest(step)
+            datas = [np.empty(row.size, np.uint8) for row in manifest.tensors]
+            fill(store, list(zip(manifest.tensors, datas, strict=True)))
+            tensors = {
+                row.name: {
+                    "dtype": row.dtype,
+                    "shape": list(row.shape),
+                    "framework": row.framework,
+                    "level": row.level,
+                    "root": row.root.hex(),
+                    "fingerprint": row.fingerprint.hex(),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+                for row, data in zip(manifest.tensors, datas, strict=True)
+            }
+            file = store.backend.read(run.commit(step).manifest_key)
+            told[name][str(step)] = {
+                "json_sha256": hashlib.sha256(zstandard.decompress(file[MANIFEST_HEADER.size :])).hexdigest(),
+                "structure": manifest.structure,
+                "tensors": tensors,
+            }
+    return told
+
+
+def main() -> None:
+    target = GOLDEN / f"v{VERSION}"
+    if target.exists():
+        sys.exit(f"{target} is there: golden stores are added, never regenerated (tests/golden/README.md)")
+    try:
+        store = make_store(LocalBackend(target / "store"))
+        write(store)
+        expected = json.dumps(describe(store), indent=1, sort_keys=True)
+        (target / "expected.json").write_text(expected + "\n")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What the pages and the docstrings show is what happens, and no link leads nowhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import deltackpt
+
+ROOT = Path(deltackpt.__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
+MODULES = ["deltackpt"] + [
+    module.name
+    for module in pkgutil.walk_packages(deltackpt.__path__, "deltackpt.")
+    if module.name not in {"deltackpt._kernels", "deltackpt.__main__"}
+]
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def readers_own() -> dict[str, object]:
+    """What a page takes for granted: a training script with a model."""
+    try:
+        import torch
+    except ImportError:
+        pytest.skip("torch is not installed")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "step": 1001, "loss": 0.5}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_the_docstrings_run(name: str):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Blocks of a page are one program, in order, in an empty directory; ``>>>`` examples are compared."""
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))
+    space = readers_own() | {"__name__": "page"} if blocks else {}
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for match in blocks:
+        line = path.read_text()[: match.start()].count("\n") + 1
+        if ">>>" in match[1]:
+            example = doctest.DocTestParser().get_doctest(match[1], space, page_id(path), str(path), line)
+            runner.run(example, clear_globs=False)
+            space.update(example.globs)
+        else:
+            exec(compile("\n" * line + match[1], str(path), "exec"), space)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_the_links_of_a_page_lead_somewhere(path: Path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_design_pages_are_numbered_and_complete():
+    pages = sorted((ROOT / "docs" / "design").glob("*.md"))
+    assert [path.name[:4] for path in pages] == [f"{n:04}" for n in range(1, len(pages) + 1)]
+    for path in pages:
+        headings = re.findall(r"^## (.+)", path.read_text(), re.M)
+        assert headings == ["Problem", "Decision", "Alternatives", "Consequences", "How it is tested"], path

@@ -394,30 +394,56 @@ def entropy(data: U8, n_samples: int = 4096) -> float:
     >>> entropy(np.arange(256, dtype=np.uint8))
     8.0
     """
-    if _native is None:
-        return entropy_ref(data, n_samples)
-    step, n = _sample(data, n_samples)
-    counts = np.empty(256, np.int64)
-    _native.histogram(data, counts, step, n)
-    return _entropy_of_counts(counts, n)
+    return plane_entropies(data, 1, n_samples)[0]
 
 
 def entropy_ref(data: U8, n_samples: int = 4096) -> float:
     """The NumPy twin of `entropy`."""
-    step, n = _sample(data, n_samples)
-    return _entropy_of_counts(np.bincount(data[::step][:n], minlength=256), n)
+    return plane_entropies_ref(data, 1, n_samples)[0]
 
 
-def _sample(data: U8, n_samples: int) -> tuple[int, int]:
+def plane_entropies(planes: U8, n_planes: int, n_samples: int = 4096) -> list[float]:
+    """The `entropy` of each of several planes of one size, one after another in memory.
+
+    Examples
+    --------
+    >>> plane_entropies(np.array([7, 7, 7, 7, 1, 2, 3, 4], np.uint8), 2)
+    [0.0, 2.0]
+    """
+    if _native is None:
+        return plane_entropies_ref(planes, n_planes, n_samples)
+    step, n = _sample(planes, n_planes, n_samples)
+    counts = np.empty((n_planes, 256), np.int64)
+    size = planes.size // n_planes
+    for k, row in enumerate(counts):
+        _native.histogram(planes[k * size : (k + 1) * size], row, step, n)
+    return _entropies_of_counts(counts, n)
+
+
+def plane_entropies_ref(planes: U8, n_planes: int, n_samples: int = 4096) -> list[float]:
+    """The NumPy twin of `plane_entropies`."""
+    step, n = _sample(planes, n_planes, n_samples)
+    each = planes.reshape(n_planes, -1)[:, ::step][:, :n]
+    return _entropies_of_counts(np.array([np.bincount(plane, minlength=256) for plane in each]), n)
+
+
+def _sample(planes: U8, n_planes: int, n_samples: int) -> tuple[int, int]:
     """Odd step between samples and how many there are."""
-    _check_bytes("entropy: data", data)
+    _check_bytes("entropy: data", planes)
     if n_samples < 1:
         raise InvalidInputError(f"entropy: n_samples is {n_samples}, expected 1 or more")
-    step = max(1, (data.size // n_samples - 1) | 1)
-    return step, min(n_samples, -(-data.size // step))
+    if n_planes < 1 or planes.size % n_planes:
+        raise InvalidInputError(f"entropy: {planes.size} bytes are not {n_planes} planes of one size")
+    size = planes.size // n_planes
+    step = max(1, (size // n_samples - 1) | 1)
+    return step, min(n_samples, -(-size // step))
 
 
-def _entropy_of_counts(counts: npt.NDArray[np.integer[Any]], n: int) -> float:
-    seen = counts[counts > 0].astype(np.float64)
-    # max: a single value sums to -0.0.
-    return max(0.0, float(np.log2(n) - (seen * np.log2(seen)).sum() / n)) if n else 0.0
+def _entropies_of_counts(counts: npt.NDArray[np.integer[Any]], n: int) -> list[float]:
+    if not n:
+        return [0.0] * len(counts)
+    many = counts.astype(np.float64)
+    bits = np.log2(n) - (many * np.log2(np.maximum(many, 1.0))).sum(axis=1) / n
+    # maximum: a single value sums to -0.0, or to a rounding error below it.
+    result: list[float] = np.maximum(bits, 0.0).tolist()
+    return result

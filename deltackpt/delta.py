@@ -1,6 +1,6 @@
 """The two verbs: save a state, load it back.
 
-Owns   the runs this process has saved into, so that a second save finds what changed without reading.
+Owns   the runs this process has used, so that a second save finds what changed without reading.
 Never  does more than find the run and call it.
 """
 
@@ -83,7 +83,9 @@ def save(
     >>> report.logical_size
     8000
     """
-    return _run(store, run).save(state, step=step, metrics=metrics, metadata=metadata, overwrite=overwrite)
+    return _run(store, run, create=True).save(
+        state, step=step, metrics=metrics, metadata=metadata, overwrite=overwrite
+    )
 
 
 def load(
@@ -124,10 +126,10 @@ def load(
     >>> load(store)
     {'w': array([0, 1, 2]), 'epoch': 2}
     """
-    return open_run(store, run, create=False).load(step, keys=keys, into=into)
+    return _run(store, run, create=False).load(step, keys=keys, into=into)
 
 
-def _run(where: Where, name: str) -> Run:
+def _run(where: Where, name: str, *, create: bool) -> Run:
     """Return the run, the same one as in the last call if the store is still the same."""
     if isinstance(where, (Backend, Store)):
         key: Any = id(where)
@@ -138,7 +140,7 @@ def _run(where: Where, name: str) -> Run:
         if run is not None and _is_same_store(run, where):
             _runs.move_to_end((key, name))
             return run
-        run = open_run(where, name)
+        run = open_run(where, name, create=create)
         _runs[key, name] = run
         while len(_runs) > _N_RUNS_MAX:
             _runs.popitem(last=False)

@@ -36,7 +36,7 @@ from deltackpt.types import U8
 
 log = logging.getLogger("deltackpt")
 
-#: A session of an unknown or remote process is given up for dead after this long; a save takes minutes.
+#: A session is given up for dead after this long, unless its process is known to be; a save takes minutes.
 PATIENCE_S = 3600.0
 #: Packs are rewritten until no more than this share of the bytes in use is waste.
 WASTE_MAX = 0.10
@@ -143,8 +143,7 @@ def collect(
     force : bool
         Go on although fewer decisions are listed than at the last gc.
     patience_s : float
-        Give a session up for dead after this many seconds, when its process cannot be asked.  One whose
-        process is known to be dead is given up at once.
+        Give a session up for dead after this many seconds; one whose process is known to be dead at once.
 
     Raises
     ------
@@ -382,16 +381,16 @@ class _Gc:
 
     def _merge_index(self) -> None:
         """Merge index files when there are many, some name deleted packs, or packs in use are in none."""
-        names = [e.name for e in self._backend.list("index/") if sid_of(e.name)]
+        entries = [e for e in self._backend.list("index/") if sid_of(e.name)]
         n_cycles, condemned = self._store.gc_state()
         gone = {name for cycle in range(n_cycles) for name in self._swept(cycle)}
         index = self._store.refresh(complete=True)
         # Of the others it is not known whether their writer is at work, or was before they were durable.
         unlisted = index.unlisted & self._live - condemned
         segments, stale = [], bool(unlisted)
-        for key in names:
+        for entry in entries:
             try:
-                segment = Segment.from_bytes(self._backend.map(key), self._store.uuid, key)
+                segment = self._store.read_segment(entry.name, entry.size)
             except NotFoundError:
                 return  # another gc is merging
             except CorruptError:
@@ -399,7 +398,7 @@ class _Gc:
                 continue
             stale = stale or not gone.isdisjoint(segment.packs)
             segments.append(segment)
-        if len(names) <= N_INDEX_MAX and not stale:
+        if len(entries) <= N_INDEX_MAX and not stale:
             return
         merged = Segment.merge([*segments, *index.segments], without=gone | index.unlisted - unlisted)
         with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
@@ -408,8 +407,8 @@ class _Gc:
                 self._backend.create_once(key, merged.to_bytes(self._store.uuid, session.sid))
             # The merged file before the others go: a look-up finds the one or the other.
             self._backend.barrier("index")
-            for name in names:
-                self._backend.delete(name)
+            for entry in entries:
+                self._backend.delete(entry.name)
             session.finish()
 
     def _swept(self, cycle: int) -> frozenset[PackName]:

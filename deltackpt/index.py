@@ -25,7 +25,7 @@ from deltackpt.types import U8
 
 Rows = npt.NDArray[np.void]
 
-#: Segments of fewer rows are merged in memory once there are more than `N_SMALL_MAX` of them:
+#: Segments of fewer rows are merged in memory once there are more than about `N_SMALL_MAX` of them:
 #: a look-up costs one search a segment, a store has one segment a save until gc merges them.
 SMALL_ROWS = 1 << 16
 N_SMALL_MAX = 4
@@ -201,20 +201,30 @@ class Index:
         self._add(segment)
 
     def _add(self, segment: Segment) -> None:
+        if len(segment.rows) >= SMALL_ROWS:
+            self._large.append((segment, self._numbered(segment)))
+            return
+        small = [*self._small, (segment, self._numbered(segment))]
+        first = _first_to_merge([len(s.rows) for s, _ in small])
+        if len(small) <= N_SMALL_MAX or first >= len(small) - 1:
+            self._small = small
+            return
+        merged = Segment.merge([s for s, _ in small[first:]])
+        # Rows seen twice for a moment do no harm to a look-up beside this, rows not seen would.
+        if len(merged.rows) >= SMALL_ROWS:
+            self._large.append((merged, self._numbered(merged)))
+            self._small = small[:first]
+        else:
+            self._small = [*small[:first], (merged, self._numbered(merged))]
+
+    def _numbered(self, segment: Segment) -> npt.NDArray[np.int64]:
+        """Return what a segment's packs count as here."""
         numbers = np.empty(len(segment.packs), np.int64)
         for i, name in enumerate(segment.packs):
-            number = self._numbers.setdefault(name, len(self.packs))
+            numbers[i] = number = self._numbers.setdefault(name, len(self.packs))
             if number == len(self.packs):
                 self.packs.append(name)
-            numbers[i] = number
-        if len(segment.rows) >= SMALL_ROWS:
-            self._large.append((segment, numbers))
-            return
-        self._small.append((segment, numbers))
-        if len(self._small) > N_SMALL_MAX:
-            merged = Segment.merge([s for s, _ in self._small])
-            self._small = []
-            self._add(merged)
+        return numbers
 
     @property
     def segments(self) -> list[Segment]:
@@ -271,3 +281,17 @@ class Index:
             parts.append(part)
         rows = np.concatenate(parts)
         return rows[np.argsort(rows["depth"], kind="stable")]
+
+
+def _first_to_merge(n_rows: Sequence[int]) -> int:
+    """Return the first segment that has at most twice the rows of all after it; their count if none has.
+
+    Whatever is merged grows by half, so a row is copied some ten times while a store grows to `SMALL_ROWS`,
+    and not once for every fourth save; and those left alone shrink threefold each, so they are few.
+    """
+    left = sum(n_rows)
+    for i, n in enumerate(n_rows):
+        left -= n
+        if n <= 2 * left:
+            return i
+    return len(n_rows)

@@ -192,17 +192,18 @@ class Run:
         """Read the lists of the run's latest snapshot, unless this process remembers one."""
         if self._memory is not None:
             return
-        self._memory = Memory()
+        memory = Memory()
         try:
             commit = self.store.refs.latest(self.name)
             if commit is None:
                 self.store.refs.check_new_run(self.name)
-                return
-            self._last_step = commit.slot.step
-            self._memory = Memory.from_store(self.store, read_manifest(self.store, commit))
+            else:
+                self._last_step = commit.slot.step
+                memory = Memory.from_store(self.store, read_manifest(self.store, commit))
         except (CorruptError, NotFoundError) as e:
             # A damaged step must not keep the next one from being saved, whole if need be.
             log.warning("run %r: %s; saving without the step before", self.name, e.message)
+        self._memory = memory
 
     # -- load
 
@@ -265,7 +266,7 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics as plain finite or non-finite floats, the latter as strings JSON can hold."""
+    """Return metrics as plain floats; refuse what is no finite number."""
     plain: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(name, str) or isinstance(value, (str, bytes)):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -67,7 +67,7 @@ class Session:
         slot, self.superseded = store.refs.slot(run, step)
         if self.superseded is not None and not overwrite:
             raise AlreadyExistsError(
-                f"run {run!r} has step {step} already", hint="save another step, or pass overwrite=True"
+                f"run {run!r} has step {step} already", hint="save another step, or say overwrite"
             )
         self._start(store, slot)
 
@@ -95,7 +95,7 @@ class Session:
         self._batch_size = 0
         self._encoding: deque[tuple[int, Future[list[_Ready]]]] = deque()
         self._in_flight_size = 0
-        self._buffers: list[U8] = []
+        self._buffers: defaultdict[int, list[U8]] = defaultdict(list)  # free ones, by bits of their size
         self._packs: list[tuple[PackName, int, Rows]] = []
         self._pack: _Pack | None = None
         self._closing: deque[Future[int]] = deque()
@@ -189,14 +189,14 @@ class Session:
         self._in_flight_size -= size
         for record, payload, buffer in batch.result():
             # Once it is written, the memory of the payload serves for another chunk.
-            self._buffers += self._room().add(record, payload, buffer)
+            for free in self._room().add(record, payload, buffer):
+                self._buffers[free.size.bit_length()].append(free)
 
     def _buffer(self, size: int) -> U8:
-        """Return memory to encode into: what was used before, if it is large enough."""
-        for i, buffer in enumerate(self._buffers):
-            if buffer.size >= size:
-                return self._buffers.pop(i)
-        return np.empty(size, np.uint8)
+        """Return memory to encode into: what was used before, if there is some of the size's power of two."""
+        room = 1 << size.bit_length()
+        free = self._buffers[room.bit_length()]
+        return free.pop() if free else np.empty(room, np.uint8)
 
     def copy(self, record: Record, payload: U8) -> None:
         """Take over a record from another pack as it is."""

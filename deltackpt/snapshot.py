@@ -38,7 +38,7 @@ _TASK_SIZE = 4 << 20
 #: A remembered set of packs only grows; past this many a tensor's chunks are looked up again, 1 us each.
 _N_PACKS_MAX = 16
 #: Bytes of changed tensors whose chunks are looked up together.
-_GROUP_SIZE = 32 << 20
+_GROUP_SIZE = 8 << 20
 _LIST_KIND = Kind(1, False)
 
 

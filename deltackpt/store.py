@@ -43,6 +43,9 @@ DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "
 #: No chain is deeper; on file so that every writer of a store keeps to the same bound.
 DEPTH_MAX = 8
 
+#: A store has one index file a save until gc merges them: mapping them all would use up a process's files.
+_MAP_SIZE_MIN = 4 << 20
+
 #: What every call takes as a store: its directory, a backend, or a store already open.
 Where: TypeAlias = "str | os.PathLike[str] | Backend | Store"
 
@@ -106,13 +109,12 @@ class Store:
             loss may take it, or damage, and then the packs themselves tell what they hold.
         """
         with self._lock:
-            names = {e.name for e in self.backend.list("index/") if sid_of(e.name)}
-            if not self._loaded <= names:  # merged by gc meanwhile
+            sizes = {e.name: e.size for e in self.backend.list("index/") if sid_of(e.name)}
+            if not self._loaded <= sizes.keys():  # merged by gc meanwhile
                 self._index, self._loaded = Index(self._index), set()
-            for name in sorted(names - self._loaded):
+            for name in sorted(sizes.keys() - self._loaded):
                 try:
-                    data = self.backend.map(name)
-                    self._index.add(Segment.from_bytes(data, self.uuid, f"{self.url}/{name}"))
+                    self._index.add(self.read_segment(name, sizes[name]))
                 except NotFoundError:  # merged by gc since the listing
                     return self.refresh(complete=complete)
                 except CorruptError as e:
@@ -121,6 +123,11 @@ class Store:
             if complete:
                 self._cover()
             return self._index
+
+    def read_segment(self, name: str, size: int) -> Segment:
+        """Return an index file's content, mapped if it is large: a map takes no heap, but an open file."""
+        data = self.backend.map(name) if size >= _MAP_SIZE_MIN else self.backend.read(name)
+        return Segment.from_bytes(data, self.uuid, f"{self.url}/{name}")
 
     def _cover(self) -> None:
         """Take in the footers of packs that no index file covers."""
@@ -205,13 +212,6 @@ class Store:
     def pack_name(self, number: int) -> PackName:
         """Return the pack that a found row's `pack` counts."""
         return self._index.packs[number]
-
-    def read_chunk(self, chunk_id: bytes, size: int | None = None) -> U8:
-        """Return one chunk's decoded bytes, checked against its id."""
-        row = self.find(np.frombuffer(chunk_id, np.uint8).reshape(1, 32))[0]
-        out = np.empty(int(row["raw_size"]) if size is None else size, np.uint8)
-        self.read_into(chunk_id, row, out)
-        return out
 
     def read_into(self, chunk_id: bytes, row: np.void, out: U8) -> None:
         """Fill `out` with a chunk's decoded bytes, checked against its id.

@@ -254,13 +254,13 @@ class _Verifier:
     def _wanted(self) -> set[bytes]:
         return {chunk_id.tobytes() for ids in self._ids.values() for chunk_id in ids}
 
-    def _hits(self, chunk_ids: set[bytes]) -> list[str]:
-        """Return which tensors need some of these chunks."""
-        hits = []
+    def _hits(self, chunk_ids: set[bytes]) -> dict[bytes, list[str]]:
+        """Return which tensors need each of these chunks, in one walk: a lost pack takes thousands."""
+        hits: dict[bytes, list[str]] = {chunk_id: [] for chunk_id in chunk_ids}
         for root, ids in self._ids.items():
-            if root[1] in chunk_ids or any(i.tobytes() in chunk_ids for i in ids):
-                hits += self._users[root]
-        return sorted(hits)
+            for chunk_id in chunk_ids.intersection([root[1], *(i.tobytes() for i in ids)]):
+                hits[chunk_id] += self._users[root]
+        return {chunk_id: sorted(users) for chunk_id, users in hits.items()}
 
     def _places(self) -> None:
         """Check that every chunk has a place in a pack that is there."""
@@ -270,14 +270,18 @@ class _Verifier:
         index = self._store.refresh(complete=True)
         lost = frozenset(name for name in index.packs if name not in self._packs)
         found, rows = index.find(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 32), lost)
+        bad: list[tuple[str, str, str, bytes]] = []
         for chunk_id, there, row in zip(wanted, found, rows, strict=True):
             if not there:
-                self._add("chunk", chunk_id.hex(), "is in no pack", self._hits({chunk_id}))
+                bad.append(("chunk", chunk_id.hex(), "is in no pack", chunk_id))
                 continue
             name = index.packs[int(row["pack"])]
             if int(row["offset"]) + RECORD_HEADER.size + int(row["stored_size"]) > self._packs[name]:
                 message = f"{name.key}: pack ends before chunk {chunk_id.hex()[:16]}"
-                self._add("pack", name.key, message, self._hits({chunk_id}))
+                bad.append(("pack", name.key, message, chunk_id))
+        hits = self._hits({chunk_id for *_, chunk_id in bad}) if bad else {}
+        for kind, key, message, chunk_id in bad:
+            self._add(kind, key, message, hits[chunk_id])
 
     # -- stored bytes
 
@@ -286,10 +290,13 @@ class _Verifier:
             return list(self._pack(name))
 
         names = sorted(self._packs)
+        bad: list[tuple[str, str, bytes | None]] = []
         for name, problems in zip(names, workers.get().map(check, names), strict=True):
-            for message, chunk_id in problems:
-                self._add("pack", name.key, message, self._hits({chunk_id}) if chunk_id else [])
+            bad += [(name.key, message, chunk_id) for message, chunk_id in problems]
             self._report.checked_size += self._packs[name]
+        hits = self._hits({chunk_id for *_, chunk_id in bad if chunk_id}) if bad else {}
+        for key, message, chunk_id in bad:
+            self._add("pack", key, message, hits[chunk_id] if chunk_id else [])
 
     def _pack(self, name: PackName) -> Iterator[tuple[str, bytes | None]]:
         """Check a pack's bytes; yield what is wrong and with which chunk."""

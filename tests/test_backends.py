@@ -769,6 +769,17 @@ def test_no_file_stays_open_after_close(local, calls):
     assert calls.n_calls["open"] == calls.n_calls["close"]
 
 
+def test_no_file_stays_open_when_nobody_holds_the_backend_any_more(tmp_path):
+    calls = HookedOs()
+    backend = LocalBackend(tmp_path / "store", calls=calls)
+    backend.make_dirs(["packs", "tmp"])
+    backend.create_once("packs/1", b"one")
+    backend.read("packs/1")
+    before = calls.n_calls["close"]
+    del backend
+    assert calls.n_calls["close"] == before + 1
+
+
 def test_a_file_deleted_while_it_is_being_opened_is_not_kept_open(local, calls):
     local.create_once("packs/1", b"old")
 

@@ -196,3 +196,12 @@ def test_a_file_of_another_store_in_the_place_of_ours_is_found(small):
                 damaged = small | {ours: theirs[name]}
                 check_never_wrong(damaged)
                 assert is_found(damaged), (ours, name)
+
+
+def test_of_a_lost_pack_every_chunk_names_the_tensors_that_need_it():
+    backend = MemoryBackend()
+    opened(backend).save({"a": noise(1, 1000), "b": noise(2, 1000)}, step=1)
+    opened(backend).save({"a": noise(1, 1000), "c": noise(3, 1000)}, step=2)
+    backend.delete(min(backend.list("packs/"), key=lambda entry: -entry.size).name)
+    found = {tuple(damage.hits) for damage in verify(backend).damage}
+    assert found == {("main 1: a", "main 2: a"), ("main 1: b",)}

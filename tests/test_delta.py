@@ -126,6 +126,13 @@ def test_runs_that_differ_in_case_only_are_refused(tmp_path):
         delta.save({}, tmp_path, step=1, run="exp")
 
 
+def test_a_refused_run_is_refused_again(tmp_path):
+    delta.save({"a": 1}, tmp_path / "store", step=1, run="main")
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="case only"):
+            delta.save({"a": 1}, tmp_path / "store", step=1, run="Main")
+
+
 @pytest.mark.parametrize(
     ("metrics", "metadata"),
     [

@@ -6,13 +6,19 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 import deltackpt
+from deltackpt.cli import EXIT_INTERRUPTED, cli
+from deltackpt.errors import DeltackptError
 
-ROOT = Path(deltackpt.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
+COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
 MODULES = ["deltackpt"] + [
     module.name
@@ -75,3 +81,54 @@ def test_the_design_pages_are_numbered_and_complete():
     for path in pages:
         headings = re.findall(r"^## (.+)", path.read_text(), re.M)
         assert headings == ["Problem", "Decision", "Alternatives", "Consequences", "How it is tested"], path
+
+
+# -- the page of the commands
+
+
+def options_told(title: str) -> set[str]:
+    """What stands before the meanings in a section's table."""
+    text = re.search(rf"^## {title}\n(.*?)(?=^#|\Z)", COMMANDS_PAGE, re.M | re.S)[1]
+    return {
+        option for row in re.findall(r"^\| (`.*?) \|", text, re.M) for option in re.findall(r"`(.+?)`", row)
+    }
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {name for p in command.params if isinstance(p, click.Option) for name in p.opts}
+
+
+def test_the_page_names_every_command_and_option():
+    assert set(re.findall(r"^## `(\w+)`", COMMANDS_PAGE, re.M)) == set(cli.commands)
+    assert options_told("For every command") == options_of(cli) | {"-h", "--help", "--json"}
+    for name, command in cli.commands.items():
+        assert options_told(f"`{name}`") | {"--json"} == options_of(command), name
+
+
+def test_the_page_names_every_exit_code():
+    def kinds(error: type[DeltackptError]) -> set[type[DeltackptError]]:
+        return {error}.union(*(kinds(kind) for kind in error.__subclasses__()))
+
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", COMMANDS_PAGE, re.M)}
+    assert told == {0, EXIT_INTERRUPTED} | {kind.exit_code for kind in kinds(DeltackptError)}
+
+
+def words(output: str) -> list[list[str]]:
+    """What was printed, word by word; numbers and units as they come out differ from run to run."""
+    number = re.compile(r"\d[\d.]*(e-\d+)?( ([kMG]?B|m?s)\b)?")
+    return [number.sub("0", line).split() for line in output.splitlines()]
+
+
+def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DELTACKPT_STORE", raising=False)
+    exec(re.search(r"^```python\n(.*?)^```", COMMANDS_PAGE, re.M | re.S)[1], {})
+    session = "".join(re.findall(r"^```console\n(.*?)^```", COMMANDS_PAGE, re.M | re.S))
+    exit_code = 0
+    for command, told in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", session, re.M):
+        if command == "echo $?":
+            assert int(told) == exit_code
+            continue
+        done = CliRunner().invoke(cli, shlex.split(command)[1:])
+        assert words(done.output) == words(told), command
+        exit_code = done.exit_code

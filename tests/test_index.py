@@ -118,6 +118,21 @@ def test_a_row_beyond_the_small_ones_is_found_too(monkeypatch):
     assert len(lookup.segments) < 11
 
 
+def test_many_saves_copy_each_row_a_few_times_only(monkeypatch):
+    merge, n_copied = Segment.merge, []
+
+    def counted(segments, without=()):
+        n_copied.append(sum(len(segment.rows) for segment in segments))
+        return merge(segments, without)
+
+    monkeypatch.setattr(Segment, "merge", counted)
+    lookup = Index()
+    for segment in segments_of([[(n, 0)] for n in range(250)]):
+        lookup.add(segment)
+    assert sum(n_copied) < 15 * 250
+    assert len(lookup.segments) < 12
+
+
 SMALL = Segment.merge(segments_of([[(1, 0), (2, 1)], [(3, 0)]])).to_bytes(STORE, SID)
 
 

@@ -487,6 +487,10 @@ class _Handles:
         self._n_drops = 0
         self._lock = threading.Lock()
 
+    def __del__(self) -> None:
+        # Whoever loads by path, again and again, never sees the backend that is to be closed.
+        self.drop_all()
+
     def acquire(self, path: str) -> _Handle:
         """The open file, for use until `release`; bare `OSError` if it cannot be opened."""
         with self._lock:

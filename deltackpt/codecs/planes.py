@@ -140,7 +140,7 @@ def _compress(planes: list[U8]) -> list[U8 | None]:
     frames: Any = _local.compressor.multi_compress_to_buffer([plane.data for plane in planes])
     try:
         back: Any = _local.decompressor.multi_decompress_to_buffer(frames)
-    except zstandard.ZstdError as e:
+    except (zstandard.ZstdError, ValueError) as e:
         log.error("zstd cannot decode its own frames, planes are stored raw: %s", e)
         return [None] * len(planes)
     result: list[U8 | None] = []

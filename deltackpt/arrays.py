@@ -14,12 +14,12 @@ import mmap
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, U8, Framework, Tensor
+from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, U8, Deferred, Framework, Tensor
 
 #: A numpy.ndarray or a torch.Tensor: no static type covers both without importing torch.
 Array: TypeAlias = Any
@@ -71,6 +71,21 @@ def to_tensor(x: Array, name: str) -> Tensor:
     if not plain.is_cpu:
         plain = plain.cpu()
     return Tensor(name, dtype, shape, "torch", _torch_bytes(plain.contiguous(), dtype))
+
+
+def deferred(x: Array, name: str) -> Tensor | Deferred:
+    """Return `to_tensor`'s result where that takes no copy, else a promise of it; refuses the same arrays."""
+    if isinstance(x, Tensor):
+        return to_tensor(x, name)
+    dtype, shape = describe(x, name)
+    if isinstance(x, np.ndarray):
+        is_plain, framework = bool(x.flags.c_contiguous), "numpy"
+    else:
+        is_plain = x.is_cpu and x.is_contiguous() and not (x.is_conj() or x.is_neg())
+        framework = "torch"
+    if is_plain:
+        return to_tensor(x, name)
+    return Deferred(name, dtype, shape, cast(Framework, framework), lambda: to_tensor(x, name).data)
 
 
 def describe(x: Array, name: str = "array") -> tuple[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ rich and what only one command needs is imported where it is used: ``deltackpt -
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -23,7 +24,7 @@ import click
 
 import deltackpt
 from deltackpt import delta, overview, retention
-from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
+from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError, StorageError
 from deltackpt.report import human_size, human_time
 from deltackpt.run import open_run
 from deltackpt.store import DESCRIPTOR, open_store
@@ -66,6 +67,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except DeltackptError as e:
             raise _Failure(e) from e
+        except OSError as e:
+            if e.errno == errno.EPIPE:
+                raise  # click ends quietly
+            raise _Failure(StorageError(f"output: {e.strerror or e}", errno=e.errno)) from e
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 

@@ -16,7 +16,7 @@ from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
 from deltackpt.report import SaveReport
 from deltackpt.run import Run, open_run
-from deltackpt.store import DESCRIPTOR, Store, Where
+from deltackpt.store import DESCRIPTOR, Store, Where, check_path
 from deltackpt.types import State
 
 #: Runs remembered; each holds about 60 bytes for every 256 KiB of its last state.
@@ -129,12 +129,23 @@ def load(
     return _run(store, run, create=False).load(step, keys=keys, into=into)
 
 
+def _forget_runs() -> None:
+    """Start anew in a forked child: another thread may have held the lock, or a run's."""
+    global _lock
+    _lock = threading.Lock()
+    _runs.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_runs)
+
+
 def _run(where: Where, name: str, *, create: bool) -> Run:
     """Return the run, the same one as in the last call if the store is still the same."""
     if isinstance(where, (Backend, Store)):
         key: Any = id(where)
     else:
-        key = os.path.abspath(os.fspath(where))  # noqa: PTH100 - a key, links kept
+        key = os.path.abspath(check_path(where))  # noqa: PTH100 - a key, links kept
     with _lock:
         run = _runs.get((key, name))
         if run is not None and _is_same_store(run, where):

@@ -6,7 +6,6 @@ Never  opens a file, or looks a chunk up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 import zstandard
+from blake3 import blake3
 
 from deltackpt.errors import CorruptError, FormatError
 from deltackpt.format import (
@@ -184,8 +184,6 @@ def build_lists(ids: U8, sizes: npt.NDArray[np.int64]) -> tuple[int, list[list[b
     lists : list of list of bytes
         The list chunks of level 1, 2, ...; a list's own id is the BLAKE3 of its bytes.
     """
-    from blake3 import blake3
-
     levels: list[list[bytes]] = []
     while not levels or len(levels[-1]) > 1:
         level = len(levels) + 1
@@ -225,8 +223,3 @@ def list_from_bytes(data: bytes | memoryview | U8, level: int, size: int, where:
     if int(rows["size"].max()) > size or int(rows["size"].min()) == 0 or int(rows["size"].sum()) != size:
         raise CorruptError(f"{where}: list rows do not add up to {size} bytes")
     return rows
-
-
-def joined(parts: Sequence[npt.NDArray[np.void]]) -> npt.NDArray[np.void]:
-    """Return list rows one after another."""
-    return np.concatenate(parts) if parts else np.zeros(0, LIST_ROW)

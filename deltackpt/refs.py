@@ -103,9 +103,9 @@ class Refs:
         """Return the error for a step, or any step, that a run does not have."""
         steps = sorted(self.steps(run))
         if not steps:
-            runs = self.runs()
+            runs = [name for name in self.runs() if name != run]
             near = difflib.get_close_matches(run, runs, 3, 0.3) or runs[:3]
-            there = f"there are {', '.join(map(repr, near))}" if near else "the store has no runs"
+            there = f"there are {', '.join(map(repr, near))}" if near else "there is no other run"
             return NotFoundError(f"run {run!r} has no steps; {there}", hint="deltackpt ls")
         below = [s for s in steps if step is not None and s < step][-1:]
         above = [s for s in steps if step is not None and s > step][:1]

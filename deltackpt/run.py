@@ -267,6 +267,8 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return metrics as plain floats; refuse what is no finite number."""
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"metrics: found {metrics!r}, expected a dict of names and numbers")
     plain: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(name, str) or isinstance(value, (str, bytes)):
@@ -285,6 +287,8 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(metadata, Mapping):
+        raise InvalidInputError(f"metadata: found {metadata!r}, expected a dict")
     try:
         text = json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:

@@ -208,8 +208,9 @@ class Session:
         if self._pack is not None and self._pack.builder.size >= PACK_SIZE:
             if self._closer is None:
                 self._closer = ThreadPoolExecutor(1, "deltackpt-flush")
-            self._closing.append(self._closer.submit(self._pack.close))
-            self._finish_pack(self._pack)
+            full = self._pack
+            self._finish_pack(full)  # first: an interrupt in between must not leave two to close one file
+            self._closing.append(self._closer.submit(full.close))
             while len(self._closing) > 2:  # the disk is slower than the encoders: let it catch up
                 self._closing.popleft().result()
         if self._pack is None:

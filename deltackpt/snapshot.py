@@ -27,7 +27,7 @@ from deltackpt.manifest import Manifest, TensorRow, build_lists, list_from_bytes
 from deltackpt.pack import PackName
 from deltackpt.session import Session
 from deltackpt.store import Store, n_threads, workers
-from deltackpt.types import DTYPE_SIZES, U8, State, Tensor
+from deltackpt.types import DTYPE_SIZES, U8, Deferred, State, Tensor
 
 Ends = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -39,6 +39,8 @@ _TASK_SIZE = 4 << 20
 _N_PACKS_MAX = 16
 #: Bytes of changed tensors whose chunks are looked up together.
 _GROUP_SIZE = 8 << 20
+#: Bytes loaded at a time on their way to arrays that cannot be loaded into.
+_COPY_SIZE = 64 << 20
 _LIST_KIND = Kind(1, False)
 
 
@@ -120,10 +122,14 @@ class Saved:
 
     def memory(self, packs: frozenset[PackName]) -> Memory:
         """Return what to remember once the session has written these packs."""
-        return Memory(
-            replace(k, packs=(k.packs or frozenset()) | packs) if k.row.name in self.changed else k
-            for k in self.tensors
-        )
+        shared: dict[frozenset[PackName], frozenset[PackName]] = {}  # one set for all tensors that have it
+        tensors = []
+        for known in self.tensors:
+            if known.row.name in self.changed:
+                together = (known.packs or frozenset()) | packs
+                known = replace(known, packs=shared.setdefault(together, together))
+            tensors.append(known)
+        return Memory(tensors)
 
 
 class _Clock:
@@ -170,7 +176,7 @@ def save(session: Session, state: State, memory: Memory) -> Saved:
     return saved
 
 
-def _row(tensor: Tensor, level: int, root: bytes, fingerprint: bytes) -> TensorRow:
+def _row(tensor: Tensor | Deferred, level: int, root: bytes, fingerprint: bytes) -> TensorRow:
     return TensorRow(
         tensor.name, tensor.dtype, tensor.shape, tensor.framework, tensor.size, level, root, fingerprint
     )
@@ -221,9 +227,10 @@ class _Saver:
         self._pending_size = 0
         self.changed: set[str] = set()  # tensors with chunks or lists in the packs of this session
 
-    def all(self, tensors: Sequence[Tensor]) -> list[Known | None]:
+    def all(self, tensors: Sequence[Tensor | Deferred]) -> list[Known | None]:
         """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
-        for tensor in tensors:
+        for given in tensors:
+            tensor = given.taken() if isinstance(given, Deferred) else given
             known = self._unchanged_or_changed(tensor) if tensor.size else None
             self._knowns.append(known)
             if known is not None:
@@ -507,25 +514,41 @@ def load(store: Store, manifest: Manifest, *, keys: str | Sequence[str] | None, 
         structure, wanted = tree.select(manifest.structure, [row.name for row in rows], keys)
     values: list[Any] = [None] * len(rows)
     jobs: list[tuple[TensorRow, U8]] = []
-    later: list[tuple[Any, Any]] = []
+    by_copy: list[tuple[int, Any]] = []  # what is on a device, or in another order
+    tied: list[tuple[int, Any]] = []
     if into is not None:
         pairs = tree.pair_into(structure, into, [(row.name, row.dtype, row.shape) for row in rows])
         for i, array in pairs:
             if values[i] is not None:
-                later.append((array, values[i]))
+                tied.append((i, array))
                 continue
             values[i] = array
             out = arrays.destination(array, rows[i].dtype, rows[i].shape, rows[i].name)
             if out is None:
-                temporary, out = arrays.allocate(rows[i].dtype, rows[i].shape, rows[i].framework)  # type: ignore[arg-type]
-                later.insert(0, (array, temporary))
-            jobs.append((rows[i], out))
+                by_copy.append((i, array))
+            else:
+                jobs.append((rows[i], out))
     for i in wanted:
         if values[i] is None:
-            values[i], out = arrays.allocate(rows[i].dtype, rows[i].shape, rows[i].framework)  # type: ignore[arg-type]
+            values[i], out = _allocate(rows[i])
             jobs.append((rows[i], out))
     fill(store, jobs)
-    for array, source in later:
-        if array is not source:
+    for group in _groups(by_copy, [rows[i].size for i, _ in by_copy]):
+        temporary = [_allocate(rows[i]) for i, _ in group]
+        fill(store, [(rows[i], out) for (i, _), (_, out) in zip(group, temporary, strict=True)])
+        for (_, array), (source, _) in zip(group, temporary, strict=True):
             arrays.copy_into(array, source)
+    for i, array in tied:
+        if array is not values[i]:
+            arrays.copy_into(array, values[i])
     return tree.unflatten(structure, values)
+
+
+def _allocate(row: TensorRow) -> tuple[Any, U8]:
+    return arrays.allocate(row.dtype, row.shape, row.framework)  # type: ignore[arg-type]
+
+
+def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
+    """Split items into runs of about `_COPY_SIZE` bytes."""
+    for first, stop in _spans(np.cumsum(np.array(sizes, np.int64)), _COPY_SIZE):
+        yield items[first:stop]

@@ -293,7 +293,7 @@ def open_store(where: Where, *, create: bool = False) -> Store:
     """
     if isinstance(where, Store):
         return where
-    backend = where if isinstance(where, Backend) else LocalBackend(where)
+    backend = where if isinstance(where, Backend) else _directory(where)
     if create and not backend.exists(DESCRIPTOR):
         _create(backend)
     store = Store(backend)
@@ -304,6 +304,26 @@ def open_store(where: Where, *, create: bool = False) -> Store:
         # A copy made by a tool that drops empty directories lacks some.
         backend.make_dirs(sorted(set(DIRS) - there))
     return store
+
+
+def check_path(where: Any) -> str:
+    """Return a path given as a store; `InvalidInputError` if it is none."""
+    path = os.fspath(where) if isinstance(where, str | os.PathLike) else ""
+    if not isinstance(path, str) or not path:
+        raise InvalidInputError(
+            f"store: found {where!r}, expected a directory, a Backend or a Store",
+            hint="give the store's directory",
+        )
+    return path
+
+
+def _directory(where: Any) -> LocalBackend:
+    backend = LocalBackend(check_path(where))
+    if backend.is_file():
+        raise InvalidInputError(
+            f"{backend.url}: is a file, expected a directory", hint="give the store's directory"
+        )
+    return backend
 
 
 def _check_only_ours(backend: Backend) -> None:
@@ -350,17 +370,20 @@ class _Pool:
 
     def __init__(self, n_threads: Callable[[], int]) -> None:
         self._n_threads = n_threads
-        self._pid = 0
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
     def get(self) -> ThreadPoolExecutor:
         """Return the pool."""
         with self._lock:
-            if self._pool is None or self._pid != os.getpid():
+            if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._n_threads(), "deltackpt")
-                self._pid = os.getpid()
             return self._pool
+
+    def forget(self) -> None:
+        """Start anew in a forked child: threads are not inherited, a lock that one held is."""
+        self._lock = threading.Lock()
+        self._pool = None
 
 
 def n_threads() -> int:
@@ -369,3 +392,5 @@ def n_threads() -> int:
 
 
 workers = _Pool(n_threads)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.forget)

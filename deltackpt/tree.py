@@ -38,7 +38,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from deltackpt.arrays import Array, alias_key, describe, is_array, to_tensor
+from deltackpt.arrays import Array, alias_key, deferred, describe, is_array
 from deltackpt.errors import (
     CorruptError,
     DeltackptError,
@@ -47,7 +47,7 @@ from deltackpt.errors import (
     NotFoundError,
     UnsupportedVersionError,
 )
-from deltackpt.types import State, Tensor
+from deltackpt.types import Deferred, State, Tensor
 
 #: What json.loads gives.
 Json: TypeAlias = Any
@@ -88,7 +88,7 @@ class Flat(NamedTuple):
     """A state taken apart by `flatten`."""
 
     structure: Json
-    tensors: list[Tensor]
+    tensors: list[Tensor | Deferred]
 
 
 @_no_recursion_error(InvalidInputError)
@@ -104,7 +104,8 @@ def flatten(state: State) -> Flat:
     Returns
     -------
     Flat
-        Arrays that are the same memory share a tensor, under the first one's name.  Tensors alias the arrays.
+        Arrays that are the same memory share a tensor, under the first one's name.  Tensors alias
+        the arrays, or are copied from them when they are needed.
 
     Raises
     ------
@@ -194,7 +195,11 @@ def select(
     >>> select([1, 2, {"tensor": 0}], ["2"], "2")
     ({'dict': [[2, {'tensor': 0}]]}, [0])
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(wanted, Sequence) or not all(isinstance(pattern, str) for pattern in wanted):
+        raise InvalidInputError(
+            f"keys: found {patterns!r}, expected a name or a list of names", hint="keys='model.*'"
+        )
     if not wanted:
         raise InvalidInputError(
             "keys: found no pattern, expected at least one", hint="pass '*' for everything"
@@ -283,7 +288,7 @@ class _Flattener:
     __slots__ = ("_aliases", "_names", "_open", "tensors")
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor | Deferred] = []
         self._aliases: dict[Any, int] = {}
         self._names: dict[str, int] = {}  # how often each was given
         self._open: set[int] = set()  # the containers we are inside of, by id
@@ -344,7 +349,7 @@ class _Flattener:
             return self._aliases[key]
         name = self._unique(path)
         try:
-            self.tensors.append(to_tensor(x, name))
+            self.tensors.append(deferred(x, name))
         except InvalidInputError as error:
             message = _where("state", path) + error.message.removeprefix(name)
             raise InvalidInputError(message, hint=error.hint) from None

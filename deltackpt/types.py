@@ -6,6 +6,8 @@ Never  imports a framework, touches a disk, or copies an array.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -68,6 +70,36 @@ class Tensor:
     def size(self) -> int:
         """Bytes."""
         return int(self.data.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A tensor whose bytes are somewhere else, or in another order: copied when they are needed, not before.
+
+    A state on a device, or of transposed arrays, must not be in memory twice to be saved.
+
+    Parameters
+    ----------
+    name, dtype, shape, framework
+        As of `Tensor`.
+    take : callable
+        Returns the bytes, a copy each time.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    framework: Framework
+    take: Callable[[], U8]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+
+    def taken(self) -> Tensor:
+        """Return the tensor, with a copy of its bytes."""
+        return Tensor(self.name, self.dtype, self.shape, self.framework, self.take())
 
 
 #: Any nesting of dict, list, tuple, None, bool, int, float, str, bytes and arrays.

@@ -26,7 +26,16 @@ OPENS_FILES = {"files", "export", "demo", "cli", "process"}
 FILE_MODULES = {"pathlib", "shutil", "tempfile", "glob", "io", "fcntl", "fileinput", "mmap"}
 #: What of `os` opens nothing.
 HARMLESS = {
-    "os": {"PathLike", "environ", "fspath", "path", "getpid", "cpu_count", "sched_getaffinity"},
+    "os": {
+        "PathLike",
+        "environ",
+        "fspath",
+        "path",
+        "getpid",
+        "cpu_count",
+        "sched_getaffinity",
+        "register_at_fork",
+    },
     "mmap": {"PAGESIZE", "MADV_HUGEPAGE"},
 }
 

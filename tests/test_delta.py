@@ -262,3 +262,32 @@ def test_a_full_disk_is_a_storage_error_with_a_hint_and_nothing_is_lost(tmp_path
         delta.save({"w": weights(1000)}, mount / "s", step=3)
     finally:
         subprocess.run(["umount", "-l", mount], check=False)
+
+
+@pytest.mark.parametrize("store", [None, b"x", 5, ""])
+def test_what_is_no_store_is_refused(store):
+    with pytest.raises(InvalidInputError, match="store: found"):
+        delta.save({}, store, step=1)
+    with pytest.raises(InvalidInputError, match="store: found"):
+        delta.load(store)
+
+
+def test_metrics_and_keys_of_the_wrong_type_are_refused(tmp_path):
+    with pytest.raises(InvalidInputError, match="metrics: found"):
+        delta.save({}, tmp_path, step=1, metrics=[1])
+    delta.save({"w": 1}, tmp_path, step=1)
+    with pytest.raises(InvalidInputError, match="keys: found"):
+        delta.load(tmp_path, keys=3)
+
+
+def test_a_forked_child_saves_for_itself(tmp_path, state):
+    delta.save(state, tmp_path, step=1)
+    pid = os.fork()
+    if not pid:
+        try:
+            delta.save(state, tmp_path, step=2)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert delta.save(state, tmp_path, step=3).new_size == 0
+    assert open_run(tmp_path).steps() == [1, 2, 3]

@@ -8,6 +8,7 @@ from states import same, weights
 from deltackpt import delta, open_store
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.run import Run
+from deltackpt.types import Deferred, Tensor
 
 
 class Counting(Wrapper):
@@ -167,3 +168,28 @@ def test_a_damaged_previous_step_does_not_keep_the_next_from_being_saved(backend
     run = fresh(backend)
     run.save(state, step=2)
     assert same(run.load(2), state)
+
+
+def test_arrays_that_must_be_copied_are_copied_one_at_a_time(backend):
+    """A state of transposed arrays, or on a device, must not be in memory twice."""
+    live, most = 0, 0
+
+    class Copy(np.ndarray):
+        def __del__(self):
+            nonlocal live
+            live -= 1
+
+    def taken(self):
+        nonlocal live, most
+        data = self.take().view(Copy)
+        live += 1
+        most = max(most, live)
+        return Tensor(self.name, self.dtype, self.shape, self.framework, np.asarray(data))
+
+    state = {f"w{i}": weights(3_000_000, i).reshape(1000, 3000).T for i in range(6)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Deferred, "taken", taken)
+        fresh(backend).save(state, step=1)
+    assert live == 0
+    assert most <= 3
+    assert same(fresh(backend).load(1), state)

@@ -20,7 +20,7 @@ from deltackpt.errors import (
     UnsupportedVersionError,
 )
 from deltackpt.tree import flatten, leaf_names, pair_into, select, unflatten
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, Tensor
+from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, Deferred, Tensor
 
 try:
     import torch
@@ -38,7 +38,7 @@ def through_json(structure):
 
 def restored(tensor):
     array, data = allocate(tensor.dtype, tensor.shape, tensor.framework)
-    data[:] = tensor.data
+    data[:] = (tensor.taken() if isinstance(tensor, Deferred) else tensor).data
     return array
 
 

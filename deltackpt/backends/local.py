@@ -254,6 +254,13 @@ class LocalBackend(Backend):
         """See `Backend.list_dirs`."""
         return self._names(prefix, stat.S_IFDIR)
 
+    def is_file(self) -> bool:
+        """Whether the place of the store is taken by a file."""
+        try:
+            return stat.S_ISREG(self._os.lstat(self.url).st_mode)
+        except OSError:
+            return False
+
     # -- names and errors ------------------------------------------------------------------------------------
 
     def _where(self, name: str) -> str:

@@ -205,8 +205,8 @@ class _Gc:
     def _unfinished(self) -> int | None:
         """Return the first cycle that was condemned but not swept, or swept but not deleted, if any."""
         n, _ = self._store.gc_state()
-        records = {entry.name for entry in self._backend.list("gc/")}
-        packs = {entry.name for entry in self._backend.list("packs/")}
+        records = set(self._backend.names("gc/"))
+        packs = set(self._backend.names("packs/"))
         for cycle in range(n):  # all of them: a power loss may undo deletions of long ago
             key = f"gc/sweep-{cycle}"
             if key not in records or any(name.key in packs for name in self._store.gc_record(key).packs):
@@ -365,8 +365,8 @@ class _Gc:
 
     def _tidy(self) -> None:
         """Merge index files, and delete what dead sessions and forgotten steps left: manifests, tmp files."""
-        manifests = [e.name for e in self._backend.list("manifests/")]
-        temporary = [e.name for e in self._backend.list("tmp/")]
+        manifests = self._backend.names("manifests/")
+        temporary = self._backend.names("tmp/")
         # Listed before the sessions: whatever was there then belongs to a session listed now, or to none.
         open_sids = {name.sid.hex() for name in self._store.sessions()}
         committed = {c.manifest_key for run in self._store.refs.runs() for c in self._store.refs.commits(run)}
@@ -381,16 +381,16 @@ class _Gc:
 
     def _merge_index(self) -> None:
         """Merge index files when there are many, some name deleted packs, or packs in use are in none."""
-        entries = [e for e in self._backend.list("index/") if sid_of(e.name)]
+        names = [name for name in self._backend.names("index/") if sid_of(name)]
         n_cycles, condemned = self._store.gc_state()
         gone = {name for cycle in range(n_cycles) for name in self._swept(cycle)}
         index = self._store.refresh(complete=True)
         # Of the others it is not known whether their writer is at work, or was before they were durable.
         unlisted = index.unlisted & self._live - condemned
         segments, stale = [], bool(unlisted)
-        for entry in entries:
+        for name in names:
             try:
-                segment = self._store.read_segment(entry.name, entry.size)
+                segment = self._store.read_segment(name)
             except NotFoundError:
                 return  # another gc is merging
             except CorruptError:
@@ -398,7 +398,7 @@ class _Gc:
                 continue
             stale = stale or not gone.isdisjoint(segment.packs)
             segments.append(segment)
-        if len(entries) <= N_INDEX_MAX and not stale:
+        if len(names) <= N_INDEX_MAX and not stale:
             return
         merged = Segment.merge([*segments, *index.segments], without=gone | index.unlisted - unlisted)
         with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
@@ -407,8 +407,8 @@ class _Gc:
                 self._backend.create_once(key, merged.to_bytes(self._store.uuid, session.sid))
             # The merged file before the others go: a look-up finds the one or the other.
             self._backend.barrier("index")
-            for entry in entries:
-                self._backend.delete(entry.name)
+            for name in names:
+                self._backend.delete(name)
             session.finish()
 
     def _swept(self, cycle: int) -> frozenset[PackName]:

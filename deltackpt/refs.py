@@ -44,11 +44,11 @@ class Refs:
         slots: list[Slot] = []
         tombstones: set[Slot] = set()
         forgotten: dict[int, int] = {}  # step: newest attempt with a tombstone
-        for entry in self._backend.list(f"refs/{run}/"):
-            slot = Slot.from_key(entry.name.removesuffix(GONE))
+        for name in self._backend.names(f"refs/{run}/"):
+            slot = Slot.from_key(name.removesuffix(GONE))
             if slot is None:
                 continue
-            if entry.name.endswith(GONE):
+            if name.endswith(GONE):
                 tombstones.add(slot)
                 forgotten[slot.step] = max(slot.attempt, forgotten.get(slot.step, 0))
             else:

@@ -109,7 +109,7 @@ class Session:
                 store.gc_state()
             )  # W3: after W2, or gc could condemn what is used here unseen
             self._quarantined = {
-                e.name.removeprefix("quarantine/") for e in self._backend.list("quarantine/")
+                name.removeprefix("quarantine/") for name in self._backend.names("quarantine/")
             }
         except BaseException:
             self.abort()

@@ -382,6 +382,8 @@ def fingerprint(data: U8, ends: Ends) -> list[bytes]:
 
 def identify(data: U8, ends: Ends, which: npt.NDArray[np.int64]) -> list[bytes]:
     """Return the BLAKE3-256 of some chunks."""
+    if len(ends) == 1:  # as most tensors of an adapter are: no arrays for one hash
+        return [blake3(data).digest()] if len(which) else []
     starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
 
     def some(numbers: npt.NDArray[np.int64]) -> list[bytes]:

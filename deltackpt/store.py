@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from deltackpt import codecs, pack
 from deltackpt.backends import Backend
-from deltackpt.backends.local import LocalBackend
+from deltackpt.backends.local import LocalBackend, is_file
 from deltackpt.chunking import Chunker
 from deltackpt.errors import (
     CorruptError,
@@ -109,12 +109,12 @@ class Store:
             loss may take it, or damage, and then the packs themselves tell what they hold.
         """
         with self._lock:
-            sizes = {e.name: e.size for e in self.backend.list("index/") if sid_of(e.name)}
-            if not self._loaded <= sizes.keys():  # merged by gc meanwhile
+            names = {name for name in self.backend.names("index/") if sid_of(name)}
+            if not self._loaded <= names:  # merged by gc meanwhile
                 self._index, self._loaded = Index(self._index), set()
-            for name in sorted(sizes.keys() - self._loaded):
+            for name in sorted(names - self._loaded):
                 try:
-                    self._index.add(self.read_segment(name, sizes[name]))
+                    self._index.add(self.read_segment(name))
                 except NotFoundError:  # merged by gc since the listing
                     return self.refresh(complete=complete)
                 except CorruptError as e:
@@ -124,9 +124,9 @@ class Store:
                 self._cover()
             return self._index
 
-    def read_segment(self, name: str, size: int) -> Segment:
+    def read_segment(self, name: str) -> Segment:
         """Return an index file's content, mapped if it is large: a map takes no heap, but an open file."""
-        data = self.backend.map(name) if size >= _MAP_SIZE_MIN else self.backend.read(name)
+        data = self.backend.map(name) if self.backend.size(name) >= _MAP_SIZE_MIN else self.backend.read(name)
         return Segment.from_bytes(data, self.uuid, f"{self.url}/{name}")
 
     def _cover(self) -> None:
@@ -160,7 +160,7 @@ class Store:
         Those are, cycle by cycle, the packs in its sweep record if it has one, else in its condemn record:
         release is per cycle, so a pack that one cycle spared stays condemned if another condemned it.
         """
-        found = {parse_gc_key(e.name) for e in self.backend.list("gc/")}
+        found = {parse_gc_key(name) for name in self.backend.names("gc/")}
         cycles = {key[1] for key in found if key}
         condemned: set[PackName] = set()
         for cycle in range(len(cycles)):
@@ -181,7 +181,7 @@ class Store:
 
     def sessions(self) -> list[SessionName]:
         """Return the writers at work, and the dead whom gc has not ended yet."""
-        names = (SessionName.from_key(e.name) for e in self.backend.list("sessions/"))
+        names = (SessionName.from_key(name) for name in self.backend.names("sessions/"))
         return [name for name in names if name is not None]
 
     # -- reading chunks
@@ -318,12 +318,10 @@ def check_path(where: Any) -> str:
 
 
 def _directory(where: Any) -> LocalBackend:
-    backend = LocalBackend(check_path(where))
-    if backend.is_file():
-        raise InvalidInputError(
-            f"{backend.url}: is a file, expected a directory", hint="give the store's directory"
-        )
-    return backend
+    path = check_path(where)
+    if is_file(path):
+        raise InvalidInputError(f"{path}: is a file, expected a directory", hint="give the store's directory")
+    return LocalBackend(path)
 
 
 def _check_only_ours(backend: Backend) -> None:

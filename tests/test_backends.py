@@ -827,3 +827,12 @@ def test_the_barriers_of_many_threads_flush_what_each_created(local, calls):
     local.barrier()
     assert calls.n_calls["fsync"] == 0
     assert all(a.name < b.name for a, b in pairwise(local.list("refs/0/")))
+
+
+def test_names_are_those_of_the_listing(backend):
+    for name in ("packs/b", "packs/a", "refs/main/1.1"):
+        backend.create_once(name, b"x")
+    assert (
+        backend.names("packs/") == [entry.name for entry in backend.list("packs/")] == ["packs/a", "packs/b"]
+    )
+    assert backend.names("gc/") == []

@@ -191,6 +191,10 @@ class Backend(ABC):
             ``""`` or ends in '/', as in ``"packs/"``.
         """
 
+    def names(self, prefix: str) -> builtins.list[str]:
+        """The names of `list`, without asking for sizes: on a file system that is a system call each."""
+        return [entry.name for entry in self.list(prefix)]
+
     @abstractmethod
     def list_dirs(self, prefix: str) -> builtins.list[str]:
         """Last parts of the names of the directories directly under `prefix`, sorted.

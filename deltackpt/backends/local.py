@@ -250,16 +250,13 @@ class LocalBackend(Backend):
                     found.append(Entry(prefix + name, size))
         return found
 
+    def names(self, prefix: str) -> builtins.list[str]:
+        """See `Backend.names`."""
+        return [prefix + name for name in self._names(prefix, stat.S_IFREG)]
+
     def list_dirs(self, prefix: str) -> builtins.list[str]:
         """See `Backend.list_dirs`."""
         return self._names(prefix, stat.S_IFDIR)
-
-    def is_file(self) -> bool:
-        """Whether the place of the store is taken by a file."""
-        try:
-            return stat.S_ISREG(self._os.lstat(self.url).st_mode)
-        except OSError:
-            return False
 
     # -- names and errors ------------------------------------------------------------------------------------
 
@@ -404,6 +401,14 @@ class LocalBackend(Backend):
                 self._os.fsync(fd)
             finally:
                 self._os.close(fd)
+
+
+def is_file(path: str) -> bool:
+    """Whether the place of a store is taken by a file."""
+    try:
+        return stat.S_ISREG(Os().lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 class _SweptError(StorageError):

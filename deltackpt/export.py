@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deltackpt import files, snapshot, tree
+from deltackpt import files, restore, tree
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.files import TensorSpec
 from deltackpt.manifest import Manifest, TensorRow
@@ -141,7 +141,7 @@ def _write(
     total_size, done_size = sum(row.size for row in rows), 0
     with files.create_file(path, [TensorSpec(r.name, r.dtype, r.shape) for r in rows], beside) as target:
         for batch in _batches(rows, _BATCH_SIZE):
-            snapshot.fill(run.store, [(row, target.buffer(row.name)) for row in batch])
+            restore.fill(run.store, [(row, target.buffer(row.name)) for row in batch])
             for row in batch:
                 target.done(row.name)
             done_size += sum(row.size for row in batch)

@@ -17,8 +17,8 @@ from deltackpt import kernels
 from deltackpt.format import VERSION
 from deltackpt.pack import PackName
 from deltackpt.records import Commit
+from deltackpt.restore import resolve
 from deltackpt.run import Run, read_manifest
-from deltackpt.snapshot import resolve
 from deltackpt.store import DESCRIPTOR, DIRS, Store
 
 _PACKAGES = ("numpy", "torch", "zstandard", "lz4", "blake3", "xxhash")

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from blake3 import blake3
 
-from deltackpt import snapshot
+from deltackpt import restore, snapshot
 from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
 from deltackpt.manifest import Manifest
 from deltackpt.records import Commit, Figures, check_run, check_step
@@ -220,7 +220,7 @@ class Run:
             try:
                 with self.reading(commit):
                     manifest = read_manifest(self.store, commit)
-                    return snapshot.load(self.store, manifest, keys=keys, into=into)
+                    return restore.load(self.store, manifest, keys=keys, into=into)
             except NotFoundError:
                 before, commit = commit, self.commit(step)
                 if commit is before:

@@ -20,8 +20,8 @@ from deltackpt.index import Segment
 from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName, Record
 from deltackpt.records import GC_RUN, Commit, SessionName, Slot, parse_gc_key, sid_of, tombstone
+from deltackpt.restore import resolve
 from deltackpt.run import read_manifest
-from deltackpt.snapshot import resolve
 from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store, workers
 
 Level = Literal["references", "stored", "decode"]

@@ -25,8 +25,8 @@ from deltackpt.backends.local import LocalBackend
 from deltackpt.chunking import Chunker
 from deltackpt.format import MANIFEST_HEADER, VERSION, seal
 from deltackpt.records import Fence, Slot
+from deltackpt.restore import fill
 from deltackpt.run import Run
-from deltackpt.snapshot import fill
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, DIRS, Store
 from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY
 

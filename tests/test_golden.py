@@ -16,8 +16,8 @@ from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError
 from deltackpt.records import Commit, Fence, Slot
+from deltackpt.restore import fill
 from deltackpt.run import Run
-from deltackpt.snapshot import fill
 from deltackpt.store import DIRS, Store
 from deltackpt.types import DTYPE_SIZES
 from deltackpt.verify import verify

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from steps import assert_steps, collect, floats, noise, opened, repeats, same, visible
 
-from deltackpt import manifest, snapshot
+from deltackpt import manifest, restore
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chunking import Chunker
 from deltackpt.errors import AlreadyExistsError, NotFoundError, StorageError
@@ -278,5 +278,5 @@ def test_small_chunks_give_lists_of_lists(monkeypatch):
     run = opened(small_store())
     run.save({"a": noise(1, 20_000)}, step=1)
     assert run.manifest().tensors[0].level >= 3
-    assert len(snapshot.resolve(run.store, run.manifest().tensors)[0]) > 16
+    assert len(restore.resolve(run.store, run.manifest().tensors)[0]) > 16
     assert same(run.load(), {"a": noise(1, 20_000)})

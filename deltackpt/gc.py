@@ -180,6 +180,7 @@ class _Gc:
         if self._result.dry_run:
             self._measure(self._look())
             return self._result
+        self._store.prepare_to_write()
         self._reap()
         self._forget_superseded()
         # What others began comes first: a cycle may be condemned only when those before it are swept.

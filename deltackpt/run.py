@@ -102,6 +102,7 @@ class Run:
             If one is not there; then none is forgotten.
         """
         wanted = {check_step(step) for step in steps}
+        self.store.prepare_to_write()
         commits = self.store.refs.commits(self.name)
         unknown = sorted(wanted - {commit.slot.step for commit in commits})
         if unknown:

@@ -101,6 +101,7 @@ class Session:
         self._closing: deque[Future[int]] = deque()
         self._closer: ThreadPoolExecutor | None = None
         self._present: dict[PackName, bool] = {}
+        store.prepare_to_write()
         epoch, _ = store.gc_state()  # W1
         self.name = SessionName(self.sid, epoch, slot)
         try:

@@ -66,6 +66,7 @@ class Store:
         self._index = Index()
         self._loaded: set[str] = set()
         self._gc_records: dict[str, GcRecord] = {}
+        self._is_prepared = False
         self._lock = threading.RLock()
 
     @property
@@ -96,6 +97,18 @@ class Store:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CorruptError(f"{where}: uuid is {body.get('uuid')!r}") from e
         return data, body
+
+    def prepare_to_write(self) -> None:
+        """See to the directories, once; who writes calls this first, whatever the store was opened for."""
+        with self._lock:
+            if self._is_prepared:
+                return
+            there = set(self.backend.list_dirs(""))
+            # The descriptor was created after the barrier that made them durable.
+            self.backend.rely_on(there.intersection(DIRS))
+            # A copy made by a tool that drops empty directories lacks some.
+            self.backend.make_dirs(sorted(set(DIRS) - there))
+            self._is_prepared = True
 
     # -- what is where
 
@@ -296,14 +309,7 @@ def open_store(where: Where, *, create: bool = False) -> Store:
     backend = where if isinstance(where, Backend) else _directory(where)
     if create and not backend.exists(DESCRIPTOR):
         _create(backend)
-    store = Store(backend)
-    if create:
-        there = set(backend.list_dirs(""))
-        # The descriptor was created after the barrier that made them durable.
-        backend.rely_on(there.intersection(DIRS))
-        # A copy made by a tool that drops empty directories lacks some.
-        backend.make_dirs(sorted(set(DIRS) - there))
-    return store
+    return Store(backend)
 
 
 def check_path(where: Any) -> str:

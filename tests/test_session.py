@@ -89,6 +89,7 @@ def test_a_save_in_which_nothing_changed_writes_no_pack_and_costs_four_flushes(l
 def test_packs_are_durable_before_the_index_and_all_before_the_decision():
     backend = Recorder(MemoryBackend())
     run = run_on(backend)
+    run.store.prepare_to_write()
     backend.log.clear()
     run.save({"w": weights(1000)}, step=1)
     log = [(op, name) for op, name in backend.log if op != "write"]

@@ -1,14 +1,18 @@
 """Opening a store, and what that takes."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
+from faults import HookedOs
 from states import weights
 
-from deltackpt import InvalidInputError, UnsupportedVersionError, open_run, open_store
+from deltackpt import InvalidInputError, UnsupportedVersionError, delta, open_run, open_store
+from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.format import seal, unseal
+from deltackpt.gc import collect
 from deltackpt.store import DESCRIPTOR
 
 MANY = """
@@ -55,14 +59,34 @@ def test_a_store_half_made_by_a_dead_process_is_finished(tmp_path):
         assert run.steps() == [1]
 
 
-def test_a_copy_that_lost_its_empty_directories_can_be_saved_into(tmp_path):
-    with open_run(tmp_path) as run:
-        run.save({"w": weights(10)}, step=1)
+@pytest.fixture
+def copied(tmp_path):
+    """A store as a tool that drops empty directories copies it."""
+    delta.save({"w": weights(10)}, tmp_path / "there", step=1)
+    shutil.copytree(tmp_path / "there", tmp_path / "here")
     for name in ("tmp", "sessions", "gc", "quarantine"):
-        (tmp_path / name).rmdir()
-    with open_run(tmp_path) as run:
-        run.save({"w": weights(20)}, step=2)
-        assert run.steps() == [1, 2]
+        (tmp_path / "here" / name).rmdir()
+    return tmp_path / "here"
+
+
+def test_a_copy_that_lost_its_empty_directories_can_be_resumed_from(copied):
+    assert delta.load(copied, step=1)["w"].size == 10  # the same run is remembered for the save
+    delta.save({"w": weights(20)}, copied, step=2)
+    assert open_run(copied).steps() == [1, 2]
+
+
+def test_a_copy_that_lost_its_empty_directories_can_be_thinned(copied):
+    open_run(copied, create=False).forget([1])
+    assert collect(copied).freed_size > 0
+    assert open_run(copied).steps() == []
+
+
+def test_a_save_after_a_load_costs_as_few_flushes_as_any(tmp_path):
+    open_run(tmp_path).save({"w": weights(10)}, step=1)
+    backend = LocalBackend(tmp_path, calls=HookedOs())
+    delta.load(backend, step=1)
+    delta.save({"w": weights(20)}, backend, step=2)
+    assert backend._os.n_calls["fsync"] <= 8
 
 
 def test_other_peoples_files_are_not_built_upon(tmp_path):

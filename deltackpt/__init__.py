@@ -9,7 +9,7 @@
 """
 
 from deltackpt import delta
-from deltackpt.delta import load, save
+from deltackpt.delta import load, read, save
 from deltackpt.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -22,6 +22,7 @@ from deltackpt.errors import (
     StorageError,
     UnsupportedVersionError,
 )
+from deltackpt.loader import LazyArray
 from deltackpt.report import SaveReport
 from deltackpt.run import Run, open_run
 from deltackpt.store import Store, open_store
@@ -35,6 +36,7 @@ __all__ = [
     "DeltackptError",
     "FormatError",
     "InvalidInputError",
+    "LazyArray",
     "MissingDependencyError",
     "NotFoundError",
     "Run",
@@ -46,5 +48,6 @@ __all__ = [
     "load",
     "open_run",
     "open_store",
+    "read",
     "save",
 ]

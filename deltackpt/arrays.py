@@ -1,6 +1,6 @@
 """Arrays: where NumPy's and torch's become bytes, and bytes become theirs again.
 
-Owns   which array types and dtypes are taken, byte views onto them, when two of them are the same memory.
+Owns   which array types are taken, what one is (`Facts`), its memory as bytes, making arrays over bytes.
 Never  imports torch unless an array of its kind is asked for, or knows where in a state an array sits.
 """
 
@@ -8,28 +8,60 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-import math
+import logging
 import mmap
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from deltackpt import dtypes
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, U8, Deferred, Framework, Tensor
+from deltackpt.layout import Layout, plain_strides
+from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, WHOLE, Framework, Tensor, View
 
-#: A numpy.ndarray or a torch.Tensor: no static type covers both without importing torch.
+log = logging.getLogger("deltackpt")
+
+#: A numpy.ndarray, a torch.Tensor or a `Tensor`: no static type covers them without importing torch.
 Array: TypeAlias = Any
-
-# Little-endian dtypes only, so that a foreign byte order is looked up and not found.
-_NUMPY_NAMES = {np.dtype(name).newbyteorder("<"): name for name in DTYPE_SIZES if name not in NOT_IN_NUMPY}
-_NUMPY_DTYPES = {name: dtype for dtype, name in _NUMPY_NAMES.items()}
 
 # Below this NumPy does not ask for huge pages either.
 _HUGE_SIZE_MIN = 4 << 20
+#: Dtypes that every operation of torch takes, by element size: bits go through unchanged.
+_TORCH_CARRIERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64", 16: "complex128"}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What there is to know of an array.
+
+    Parameters
+    ----------
+    array : numpy.ndarray, torch.Tensor or Tensor
+    framework : {"numpy", "torch"}
+    dtype : str
+        As `dtypes` writes it down.
+    layout : Layout
+        Its offset is the address in `space`.
+    space : hashable
+        Two arrays can share memory only if these are equal: "numpy", or torch's name of a device.
+    is_direct : bool
+        Whether its address is in this process's memory; if not, its bytes are to be copied from elsewhere.
+    parameter, requires_grad, device
+        As of `View`.
+    """
+
+    array: Array
+    framework: Framework
+    dtype: str
+    layout: Layout
+    space: Hashable
+    is_direct: bool
+    parameter: bool = False
+    requires_grad: bool = False
+    device: str | None = None
 
 
 def is_array(x: object) -> bool:
@@ -37,59 +69,8 @@ def is_array(x: object) -> bool:
     return isinstance(x, np.ndarray | Tensor) or _is_torch(x)
 
 
-def to_tensor(x: Array, name: str) -> Tensor:
-    """View an array's bytes, in C order and little-endian.
-
-    Parameters
-    ----------
-    x : numpy.ndarray or torch.Tensor
-        Of any shape, stride and device.  Copied once if it is not contiguous CPU memory, else not at all.
-    name : str
-        Its key path: the name of the result, and what an error calls it.
-
-    Raises
-    ------
-    InvalidInputError
-        If its type, dtype or layout cannot be stored.
-
-    Examples
-    --------
-    >>> to_tensor(np.array([1, 2], np.int16), "x").data
-    array([1, 0, 2, 0], dtype=uint8)
-    """
-    if isinstance(x, Tensor):  # from a file whose tensors belong to no framework
-        return replace(x, name=name)
-    if isinstance(x, np.ndarray):
-        dtype, shape = _describe_numpy(x, name)
-        # copy(), for ascontiguousarray() would make a 0-d array 1-d.
-        plain = x if x.flags.c_contiguous else x.copy(order="C")
-        return Tensor(name, dtype, shape, "numpy", _numpy_bytes(plain))
-    dtype, shape = _describe_torch(x, name)
-    plain = x.detach() if x.requires_grad else x
-    if plain.is_conj() or plain.is_neg():
-        plain = plain.resolve_conj().resolve_neg()
-    if not plain.is_cpu:
-        plain = plain.cpu()
-    return Tensor(name, dtype, shape, "torch", _torch_bytes(plain.contiguous(), dtype))
-
-
-def deferred(x: Array, name: str) -> Tensor | Deferred:
-    """Return `to_tensor`'s result where that takes no copy, else a promise of it; refuses the same arrays."""
-    if isinstance(x, Tensor):
-        return to_tensor(x, name)
-    dtype, shape = describe(x, name)
-    if isinstance(x, np.ndarray):
-        is_plain, framework = bool(x.flags.c_contiguous), "numpy"
-    else:
-        is_plain = x.is_cpu and x.is_contiguous() and not (x.is_conj() or x.is_neg())
-        framework = "torch"
-    if is_plain:
-        return to_tensor(x, name)
-    return Deferred(name, dtype, shape, cast(Framework, framework), lambda: to_tensor(x, name).data)
-
-
-def describe(x: Array, name: str = "array") -> tuple[str, tuple[int, ...]]:
-    """Name an array's dtype, a key of `DTYPE_SIZES`, and give its shape.
+def look(x: Array, name: str = "array") -> Facts:
+    """Return what there is to know of an array.
 
     Raises
     ------
@@ -98,34 +79,75 @@ def describe(x: Array, name: str = "array") -> tuple[str, tuple[int, ...]]:
 
     Examples
     --------
+    >>> facts = look(np.zeros((2, 3), np.float32).T)
+    >>> facts.dtype, facts.layout.shape, facts.layout.strides
+    ('float32', (3, 2), (4, 12))
+    """
+    if isinstance(x, Tensor):  # from a file whose tensors belong to no framework
+        layout = Layout.plain(x.shape, DTYPE_SIZES[x.dtype], _address(x.data))
+        return Facts(x, x.framework, x.dtype, layout, (id(x), "file"), True)
+    return _look_numpy(x, name) if isinstance(x, np.ndarray) else _look_torch(x, name)
+
+
+def describe(x: Array, name: str = "array") -> tuple[str, tuple[int, ...]]:
+    """Return an array's dtype, as `dtypes` writes it down, and its shape; refuses what `look` refuses.
+
+    Examples
+    --------
     >>> describe(np.zeros((2, 3), np.float32))
     ('float32', (2, 3))
     """
-    if isinstance(x, Tensor):
-        return x.dtype, x.shape
-    return _describe_numpy(x, name) if isinstance(x, np.ndarray) else _describe_torch(x, name)
+    facts = look(x, name)
+    return facts.dtype, facts.layout.shape
 
 
-def alias_key(x: Array) -> tuple[Any, ...] | None:
-    """Give two arrays the same key exactly when they are the same view of the same memory.
+def memory(facts: Facts, start: int, stop: int, *, writable: bool = False) -> U8:
+    """Return the bytes from one address to another of an array's memory, or a copy if it is elsewhere.
 
-    Returns
-    -------
-    tuple or None
-        Valid while the array lives; None if it holds no memory of its own kind, and so shares none.
+    The array must span some of them, and all of them be of the same block of memory.
     """
-    if isinstance(x, Tensor):
-        return None
-    if isinstance(x, np.ndarray):
-        address: int = x.__array_interface__["data"][0]
-        return (address, x.shape, x.strides, x.dtype) if x.size else None
-    try:
-        address = x.data_ptr()
-        # conj() shares the memory whose signs it changes only when read.
-        key = (address, x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg())
-    except RuntimeError:  # sparse, quantized per channel, fake
-        return None
-    return key if address and x.numel() else None
+    if isinstance(facts.array, Tensor):
+        at = facts.layout.offset
+        return facts.array.data[start - at : stop - at]
+    if facts.is_direct:
+        return np.asarray(_Memory(start, stop - start, facts.array, not writable))
+    plain = facts.array.detach()
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg().contiguous()
+        start, stop = 0, plain.numel() * plain.element_size()
+        raw = _strided(plain, "uint8", Layout.plain((stop,), 1))
+    else:
+        offset = start - facts.layout.offset + plain.storage_offset() * plain.element_size()
+        raw = _strided(plain, "uint8", Layout.plain((stop - start,), 1, offset))
+    return _torch_bytes(raw.cpu(), "uint8")
+
+
+def packed(facts: Facts) -> U8:
+    """Return a copy of an array's elements without gaps, its axes in the order they have in memory."""
+    order = facts.layout.order()
+    narrow = tuple(
+        slice(0, 1) if stride == 0 and n else slice(None)
+        for n, stride in zip(facts.layout.shape, facts.layout.strides, strict=True)
+    )
+    if facts.framework == "numpy":
+        return _numpy_bytes(facts.array[narrow].transpose(order).copy(order="C"))
+    x = _as_carrier(facts.array.detach())[narrow]
+    return _torch_bytes(x.permute(order).contiguous().cpu(), _torch_names()[x.dtype])
+
+
+class _Memory:
+    """What NumPy makes an array over, and keeps as its base: an address, and who owns what is there."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, address: int, size: int, owner: object, read_only: bool) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "data": (address, read_only),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def allocate(dtype: str, shape: Sequence[int], framework: Framework) -> tuple[Array, U8]:
@@ -138,7 +160,7 @@ def allocate(dtype: str, shape: Sequence[int], framework: Framework) -> tuple[Ar
     shape : sequence of int
         ``()`` for a 0-d array.
     framework : {"numpy", "torch"}
-        Whose array.
+        Whose array; NumPy's, with ml_dtypes, if it is torch's and torch is not installed.
 
     Returns
     -------
@@ -150,7 +172,7 @@ def allocate(dtype: str, shape: Sequence[int], framework: Framework) -> tuple[Ar
     Raises
     ------
     MissingDependencyError
-        If it is torch's and torch is not installed.
+        If no package that is installed has the dtype.
     FormatError
         If the framework has no such array.
 
@@ -161,73 +183,220 @@ def allocate(dtype: str, shape: Sequence[int], framework: Framework) -> tuple[Ar
     >>> array
     array([1, 2], dtype=int16)
     """
-    if framework == "torch":
+    if framework == "torch" and has_torch():
         return _allocate_torch(dtype, shape)
-    if dtype not in _NUMPY_DTYPES:
-        raise FormatError(f"NumPy has no dtype {dtype}", hint="load it as a torch tensor")
+    kind = dtypes.numpy_dtype(dtype)
     try:
-        array = np.empty(shape, _NUMPY_DTYPES[dtype])
+        array = np.empty(shape, kind)
     except (ValueError, OverflowError) as error:
         raise FormatError(f"NumPy has no {dtype} array of shape {tuple(shape)}: {error}") from error
     return array, _numpy_bytes(array)
 
 
-def destination(x: Array, dtype: str, shape: Sequence[int], name: str = "array") -> U8 | None:
+@functools.cache
+def has_torch() -> bool:
+    """Whether torch can be imported, which this does; says once if not."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        log.warning("torch is not installed: its tensors come back as NumPy arrays")
+        return False
+    return True
+
+
+def view(base: Array, what: View, where: str = "array") -> Array:
+    """Make the array that `what` says, over the memory of another.
+
+    Parameters
+    ----------
+    base : numpy.ndarray or torch.Tensor
+        In C order, without gaps.
+    what : View
+        Need not be trusted.
+    where : str
+        What an error calls it.
+
+    Raises
+    ------
+    FormatError
+        If it does not lie inside `base`, or the framework has no such array.
+
+    Examples
+    --------
+    >>> view(np.arange(6), View(layout=Layout((3, 2), (8, 24), 0, 8)))
+    array([[0, 3],
+           [1, 4],
+           [2, 5]])
+    """
+    if what == WHOLE:
+        return base
+    is_torch = _is_torch(base)
+    dtype = what.dtype or _dtype_of(base)
+    layout = what.layout or Layout.plain(tuple(base.shape), dtypes.itemsize(dtype))
+    size = base.numel() * base.element_size() if is_torch else base.nbytes
+    start, stop = layout.span
+    if start < 0 or stop > size or min(layout.shape, default=0) < 0:
+        raise FormatError(f"{where}: found bytes {start} to {stop} of a tensor of {size}")
+    try:
+        if is_torch:
+            return _torch_view(base, dtype, what, layout)
+        kind, data = dtypes.numpy_dtype(dtype), _numpy_bytes(base)
+        return np.ndarray(layout.shape, kind, data, layout.offset, layout.strides)
+    except (ValueError, OverflowError, RuntimeError, TypeError) as error:
+        raise FormatError(f"{where}: no {dtype} array of {layout}: {error}") from error
+
+
+def _torch_view(base: Array, dtype: str, what: View, layout: Layout) -> Array:
+    torch = sys.modules["torch"]
+    x = base
+    if what.dtype is not None or what.layout is not None:
+        x = _strided(base, dtype, layout)
+    if what.parameter:
+        return torch.nn.Parameter(x, requires_grad=what.requires_grad)
+    # Not on the base itself: another array of the state may be the same memory without gradients.
+    return x.detach().requires_grad_() if what.requires_grad else x
+
+
+def _strided(x: Array, dtype: str, layout: Layout) -> Array:
+    """Return a torch tensor over the storage of another; `layout` counts from the storage's start."""
+    torch = sys.modules["torch"]
+    kind = getattr(torch, dtype)
+    strides = [stride // kind.itemsize for stride in layout.strides]
+    if [s * kind.itemsize for s in strides] != list(layout.strides) or layout.offset % kind.itemsize:
+        raise ValueError(f"strides {layout.strides} do not fit elements of {kind.itemsize} bytes")
+    made = torch.empty(0, dtype=kind, device=x.device)
+    # The caller has checked that all of it is in there: set_() would make a storage that is too small larger.
+    return made.set_(x.untyped_storage(), layout.offset // kind.itemsize, layout.shape, strides)
+
+
+def destination(x: Array, dtype: str, layout: Layout, name: str = "array") -> U8 | None:
     """View a caller's array as writable bytes, to load into it without a second copy.
 
     Parameters
     ----------
     x : numpy.ndarray or torch.Tensor
         Of either framework, whichever the bytes were saved from.
-    dtype, shape
+    dtype : str
         What it must be.
+    layout : Layout
+        Whose shape it must have.
     name : str
         What an error calls it.
 
     Returns
     -------
     ndarray of uint8, shape (size,), or None
-        None if it is not contiguous CPU memory: fill a temporary, then `copy_into`.
+        None unless it is CPU memory that its elements fill in the order that `layout` has: fill a temporary,
+        then `copy_into`.
 
     Raises
     ------
     InvalidInputError
         If it is something else, is read-only, or holds elements that overlap.
     """
-    found = describe(x, name)
-    if found != (dtype, tuple(shape)):
-        wanted = f"{dtype} {tuple(shape)}"
-        raise InvalidInputError(f"{name}: the array is {found[0]} {found[1]}, expected {wanted}")
-    is_numpy = isinstance(x, np.ndarray)
-    if isinstance(x, Tensor) or (is_numpy and not x.flags.writeable):
+    facts = look(x, name)
+    if (facts.dtype, facts.layout.shape) != (dtype, layout.shape):
+        wanted = f"{dtype} {layout.shape}"
+        raise InvalidInputError(f"{name}: the array is {facts.dtype} {facts.layout.shape}, expected {wanted}")
+    if isinstance(x, Tensor) or (isinstance(x, np.ndarray) and not x.flags.writeable):
         raise InvalidInputError(
             f"{name}: the array is read-only", hint="pass a writable array, e.g. x.copy()"
         )
-    if is_numpy and x.flags.c_contiguous:
-        return _numpy_bytes(x)
-    if not is_numpy and x.is_cpu and x.is_contiguous() and not (x.is_conj() or x.is_neg()):
-        return _torch_bytes(x.detach(), dtype)
-    if _may_overlap(x.shape, x.strides if is_numpy else x.stride(), x.itemsize if is_numpy else 1):
+    if facts.layout.overlaps():
         raise InvalidInputError(f"{name}: the array's elements overlap in memory", hint="pass a copy of it")
+    if not facts.layout.size:
+        return np.empty(0, np.uint8)
+    start, stop = facts.layout.span
+    same = replace(facts.layout.moved(-start), strides=_ignoring_single(facts.layout))
+    if (
+        facts.is_direct
+        and facts.layout.is_solid()
+        and same == replace(layout.moved(-layout.span[0]), strides=_ignoring_single(layout))
+    ):
+        return memory(facts, start, stop, writable=True)
     return None
 
 
-def copy_into(x: Array, array: Array) -> None:
-    """Copy a temporary into a caller's array for which `destination` gave None.
+def _ignoring_single(layout: Layout) -> tuple[int, ...]:
+    """Return strides with 0 for axes of one element, where they mean nothing."""
+    return tuple(s if n > 1 else 0 for n, s in zip(layout.shape, layout.strides, strict=True))
+
+
+def copy_into(x: Array, data: U8, layout: Layout) -> None:
+    """Copy the elements that lie somewhere in some bytes into a caller's array.
 
     Parameters
     ----------
     x : numpy.ndarray or torch.Tensor
         The caller's, on any device.
-    array : numpy.ndarray or torch.Tensor
-        Of either framework, with the bytes of `x` in C order, whatever its own dtype and shape.
+    data : ndarray of uint8, shape (size,)
+    layout : Layout
+        Where in `data` the elements of `x` lie; it must not reach out of it.
     """
-    data = to_tensor(array, "temporary").data
     if isinstance(x, np.ndarray):
-        np.copyto(x, data.view(x.dtype).reshape(x.shape))
+        raw = np.dtype((np.void, layout.itemsize))
+        np.copyto(x.view(raw), np.ndarray(layout.shape, raw, data, layout.offset, layout.strides))
         return
     torch = sys.modules["torch"]
-    x.detach().copy_(torch.from_numpy(data).view(x.dtype).reshape(x.shape))
+    carrier = np.dtype(_TORCH_CARRIERS[layout.itemsize])
+    plain = np.ndarray(layout.shape, carrier, data, layout.offset, layout.strides)
+    source = torch.from_numpy(plain.copy())  # from_numpy() takes no negative strides
+    target = x.detach()
+    if target.is_conj() or target.is_neg():
+        target.copy_(source.view(x.dtype))
+    else:
+        _as_carrier(target).copy_(source)
+
+
+def copy_elements(out: U8, data: U8, layout: Layout) -> None:
+    """Copy the elements that lie somewhere in some bytes, in C order, into as many bytes."""
+    if layout.size:
+        raw = np.dtype((np.void, layout.itemsize))
+        copy_into(np.ndarray(layout.shape, raw, out), data, layout)
+
+
+def compact(dtype: str, framework: Framework, data: U8, layout: Layout) -> Array:
+    """Make an array in C order of the elements that lie somewhere in some bytes.
+
+    Examples
+    --------
+    >>> compact("uint8", "numpy", np.arange(9, dtype=np.uint8), Layout((2, 2), (-3, 2), 5, 1))
+    array([[5, 7],
+           [2, 4]], dtype=uint8)
+    """
+    if dtype in DTYPE_SIZES:
+        array, _ = allocate(dtype, layout.shape, framework)
+    else:
+        array = np.empty(layout.shape, dtypes.numpy_dtype(dtype))
+    if layout.size:
+        copy_into(array, data, layout)
+    return array
+
+
+def as_torch(x: np.ndarray[Any, Any], dtype: str) -> Array:
+    """Make a torch tensor over an array's memory, or over a copy if that is not plain and writable."""
+    torch = sys.modules["torch"]
+    carried = x.view(_TORCH_CARRIERS[x.itemsize])
+    return torch.from_numpy(np.require(carried, None, ["C", "W"])).view(getattr(torch, dtype))
+
+
+def bytes_of(x: Array) -> bytes:
+    """Return a copy of an array's elements in C order, whatever its strides.
+
+    Examples
+    --------
+    >>> bytes_of(np.array([[1, 2], [3, 4]], np.uint8).T)
+    b'\\x01\\x03\\x02\\x04'
+    """
+    facts = look(x)
+    if isinstance(x, Tensor):
+        return x.data.tobytes()
+    if isinstance(x, np.ndarray):
+        return x.tobytes()
+    plain = x.detach().resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x.detach()
+    return _torch_bytes(
+        _as_carrier(plain).cpu().contiguous(), _TORCH_CARRIERS[facts.layout.itemsize]
+    ).tobytes()
 
 
 def _is_torch(x: object) -> bool:
@@ -235,39 +404,40 @@ def _is_torch(x: object) -> bool:
     return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
+def _dtype_of(x: Array) -> str:
+    name = _torch_names().get(x.dtype) if _is_torch(x) else dtypes.name_of(x.dtype)
+    assert name is not None
+    return name
+
+
 @functools.cache
 def _torch_names() -> dict[Any, str]:
     torch = sys.modules["torch"]
-    return {getattr(torch, name): name for name in DTYPE_SIZES}
+    names = [name for name in DTYPE_SIZES if name not in NOT_IN_TORCH and hasattr(torch, name)]
+    return {getattr(torch, name): name for name in names}
 
 
-def _describe_numpy(x: Array, name: str) -> tuple[str, tuple[int, ...]]:
+def _look_numpy(x: Array, name: str) -> Facts:
     kind = type(x)
     if kind is not np.ndarray and kind is not np.memmap:
         raise InvalidInputError(
             f"{name}: cannot keep a {kind.__module__}.{kind.__qualname__} as it is, expected a plain array",
             hint="pass numpy.asarray(x); for a masked array, pass x.data and x.mask",
         )
-    dtype = _NUMPY_NAMES.get(x.dtype)
+    dtype = dtypes.name_of(x.dtype)
     if dtype is None:
-        raise InvalidInputError(
-            f"{name}: dtype {x.dtype} cannot be stored, expected one of {', '.join(_NUMPY_DTYPES)}",
-            hint=_numpy_advice(x.dtype),
-        )
-    return dtype, x.shape
+        raise dtypes.refuse(x.dtype, name)
+    # The strides of an array without elements mean nothing.
+    strides = x.strides if x.size else plain_strides(x.shape, x.itemsize)
+    return Facts(x, "numpy", dtype, Layout(x.shape, strides, _address(x), x.itemsize), "numpy", True)
 
 
-def _numpy_advice(dtype: np.dtype[Any]) -> str:
-    if dtype.newbyteorder("<") in _NUMPY_NAMES:
-        return "pass x.astype(x.dtype.newbyteorder('<'))"
-    if dtype.names:
-        return "pass a dict of its fields: {field: x[field] for field in x.dtype.names}"
-    if dtype.kind in "mM":
-        return "pass x.view('int64'), and the unit beside it"
-    return "pass x.tolist(), or convert it with x.astype(...)"
+def _address(x: np.ndarray[Any, Any]) -> int:
+    address: int = x.__array_interface__["data"][0]
+    return address
 
 
-def _describe_torch(x: Array, name: str) -> tuple[str, tuple[int, ...]]:
+def _look_torch(x: Array, name: str) -> Facts:
     torch = sys.modules["torch"]
     kind = type(x)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter:
@@ -283,24 +453,38 @@ def _describe_torch(x: Array, name: str) -> tuple[str, tuple[int, ...]]:
     dtype = _torch_names().get(x.dtype)
     if dtype is None:
         raise InvalidInputError(
-            f"{name}: dtype {x.dtype} cannot be stored, expected one of {', '.join(DTYPE_SIZES)}",
+            f"{name}: dtype {x.dtype} cannot be stored, expected one of {', '.join(_torch_names().values())}",
             hint="for a quantized tensor pass x.int_repr() and its scales, else x.view(torch.uint8)",
         )
+    itemsize = DTYPE_SIZES[dtype]
+    shape = tuple(x.shape)
     # FSDP frees parameters by shrinking their storage to nothing: reading one would read address 0.
     if not x.data_ptr() and x.numel() and (x.is_cpu or x.is_meta):
         kind_of = "a meta tensor" if x.is_meta else "a tensor whose storage was freed"
         raise InvalidInputError(f"{name}: {kind_of} has no bytes", hint="give it its values first")
-    return dtype, tuple(x.shape)
+    device = None if x.is_cpu else str(x.device)
+    parameter = kind is torch.nn.Parameter
+    if x.is_conj() or x.is_neg():  # the memory whose signs it changes when read is no copy of it
+        space: Hashable = (id(x), "resolved")
+        layout, is_direct = Layout.plain(shape, itemsize), False
+    else:
+        space = device or "torch"
+        strides = tuple([stride * itemsize for stride in x.stride()])
+        strides = strides if x.numel() else plain_strides(shape, itemsize)
+        layout, is_direct = Layout(shape, strides, x.data_ptr(), itemsize), x.is_cpu
+    return Facts(x, "torch", dtype, layout, space, is_direct, parameter, x.requires_grad, device)
 
 
 def _allocate_torch(dtype: str, shape: Sequence[int]) -> tuple[Array, U8]:
+    import torch
+
+    kind = None if dtype in NOT_IN_TORCH else getattr(torch, dtype, None)
+    if kind is None:
+        raise MissingDependencyError(
+            f"torch {torch.__version__} has no dtype {dtype}", hint="pip install -U torch"
+        )
     try:
-        import torch
-    except ImportError as error:
-        message = "this tensor was saved from torch, which is not installed"
-        raise MissingDependencyError(message, hint="pip install 'deltackpt[torch]'") from error
-    try:
-        array = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="cpu")
+        array = torch.empty(tuple(shape), dtype=kind, device="cpu")
     except RuntimeError as error:
         if "allocate memory" in str(error):
             raise MemoryError(str(error)) from error
@@ -318,19 +502,19 @@ def _numpy_bytes(x: Array) -> U8:
 
 def _torch_bytes(x: Array, dtype: str) -> U8:
     # numpy() before view(): 1.2 us against 2.2, NumPy's views being the cheaper ones.
-    if dtype in NOT_IN_NUMPY:
-        torch = sys.modules["torch"]
-        x = x.view(torch.int16 if DTYPE_SIZES[dtype] == 2 else torch.uint8)
+    if dtype not in _SHARED_WITH_NUMPY:
+        x = _as_carrier(x)
     return _numpy_bytes(x.numpy())
 
 
-def _may_overlap(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether two indices might mean the same bytes; exact for slices and transposes of a plain array."""
-    spans = sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True) if n > 1)
-    sizes = itertools.accumulate((stride * (n - 1) for stride, n in spans), initial=itemsize)
-    return math.prod(shape) > 0 and any(
-        stride < size for (stride, _), size in zip(spans, sizes, strict=False)
-    )
+#: What numpy() takes in every torch from 2.6 on.
+_SHARED_WITH_NUMPY = DTYPE_SIZES.keys() - NOT_IN_NUMPY - {"uint16", "uint32", "uint64"}
+
+
+def _as_carrier(x: Array) -> Array:
+    """View a torch tensor as one of the same strides whose dtype every operation takes."""
+    torch = sys.modules["torch"]
+    return x.view(getattr(torch, _TORCH_CARRIERS[x.element_size()]))
 
 
 @functools.cache
@@ -339,7 +523,7 @@ def _madvise() -> Callable[..., int] | None:
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
+    return cast(Callable[..., int], function)
 
 
 def _ask_for_huge_pages(data: U8) -> None:

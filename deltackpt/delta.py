@@ -1,4 +1,4 @@
-"""The two verbs: save a state, load it back.
+"""The verbs: save a state, load it back, read a part of it.
 
 Owns   the runs this process has used, so that a second save finds what changed without reading.
 Never  does more than find the run and call it.
@@ -14,6 +14,7 @@ from typing import Any
 
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
+from deltackpt.loader import DeviceMap
 from deltackpt.report import SaveReport
 from deltackpt.run import Run, open_run
 from deltackpt.store import DESCRIPTOR, Store, Where, check_path
@@ -34,6 +35,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> SaveReport:
     """Save a state as one step of a run; durable and visible on return.
 
@@ -43,8 +45,9 @@ def save(
     Parameters
     ----------
     state : State
-        Any nesting of dict, list, tuple, None, bool, int, float, str, bytes, NumPy arrays and torch tensors.
-        It must not change until the call returns.
+        Any nesting of plain values, containers, NumPy arrays and torch tensors (listed in docs/reference.md).
+        Arrays that share memory are stored once, and share memory when they are loaded.  It must not change
+        until the call returns.
     store : path, Backend or Store
         Where; a directory is made if it does not exist.
     step : int
@@ -57,6 +60,9 @@ def save(
         Anything JSON can hold, up to 1 MiB.
     overwrite : bool
         Supersede the step if it is there.
+    allow_pickle : bool
+        Pickle what has no plain form, instead of refusing it; `load` must be told the same, and then runs
+        code that whoever wrote the store chose.
 
     Returns
     -------
@@ -84,7 +90,12 @@ def save(
     8000
     """
     return _run(store, run, create=True).save(
-        state, step=step, metrics=metrics, metadata=metadata, overwrite=overwrite
+        state,
+        step=step,
+        metrics=metrics,
+        metadata=metadata,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
     )
 
 
@@ -95,6 +106,10 @@ def load(
     run: str = "main",
     keys: str | Sequence[str] | None = None,
     into: State | None = None,
+    strict: bool = True,
+    map: DeviceMap = None,
+    lazy: bool = False,
+    allow_pickle: bool = False,
 ) -> State:
     """Load a step, bit for bit, with the nesting and the types it was saved with.
 
@@ -107,6 +122,24 @@ def load(
         Load only what these names or shell patterns match, as in ``"model.*"``; nothing else is read.
     into : State, optional
         A state of the same nesting whose arrays are filled in place: no second copy of the model.
+    strict : bool
+        Whether `into` and the step must have the same arrays; if not, those that only one of them has are
+        left out.  Dtypes and shapes must fit in any case.
+    map : device, dict or callable, optional
+        Where torch's tensors go: a device; ``{"cuda:0": "cuda:1"}`` by the device they were saved from; or a
+        function of a tensor's name and that device.  What is not mapped, or to None, stays on the CPU.
+    lazy : bool
+        Give a `LazyArray` for each array, which reads from the store what it is indexed by: for states larger
+        than memory.
+    allow_pickle : bool
+        Unpickle what was saved with ``allow_pickle=True``.  **Whoever can write to the store can then run
+        code here.**
+
+    Returns
+    -------
+    State
+        Tensors of torch's on the CPU unless `map` says otherwise; where torch is not installed NumPy arrays,
+        with the dtypes of ml_dtypes where NumPy has none.
 
     Raises
     ------
@@ -114,6 +147,8 @@ def load(
         If there is no such store, run, step or key; names the nearest.
     InvalidInputError
         If `into` does not fit; lists every difference.
+    MissingDependencyError
+        If a class of the state is not imported, or no installed package has a dtype.
     CorruptError
         If what was saved cannot be given back; names tensor, chunk and pack.  Never zeros, never a guess.
 
@@ -126,7 +161,52 @@ def load(
     >>> load(store)
     {'w': array([0, 1, 2]), 'epoch': 2}
     """
-    return _run(store, run, create=False).load(step, keys=keys, into=into)
+    return _run(store, run, create=False).load(
+        step, keys=keys, into=into, strict=strict, map=map, lazy=lazy, allow_pickle=allow_pickle
+    )
+
+
+def read(
+    store: Where, step: int | str, name: str, index: Any = ..., *, run: str = "main", map: DeviceMap = None
+) -> Any:
+    """Read one array of a step, or a part of it, and no more chunks than hold it.
+
+    Parameters
+    ----------
+    store : path, Backend or Store
+    step : int or "latest"
+    name : str
+        Its key path joined by dots, as ``deltackpt show`` lists it.
+    index
+        As NumPy's basic indexing: integers, slices of any step, ``...`` and None, or a tuple of them.
+    run : str
+    map : device, dict or callable, optional
+        As of `load`.
+
+    Returns
+    -------
+    numpy.ndarray or torch.Tensor
+        An array of its own.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such store, run, step or array; names the nearest.
+    InvalidInputError
+        If `index` is out of range or of another kind.
+    CorruptError
+        If a chunk of that part cannot be given back.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> store = MemoryBackend()
+    >>> report = save({"model": {"w": np.arange(12).reshape(3, 4)}}, store, step=1)
+    >>> read(store, 1, "model.w", (slice(None, None, 2), -1))
+    array([ 3, 11])
+    """
+    return _run(store, run, create=False).read(step, name, index, map=map)
 
 
 def _forget_runs() -> None:

@@ -6,19 +6,22 @@ Never  holds more than a batch of tensors in memory (but for torch's files), or 
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from deltackpt import files, restore, tree
+from deltackpt import arrays, files, leaves, restore
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.files import TensorSpec
+from deltackpt.layout import Layout
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.records import Commit
 from deltackpt.run import Run, read_manifest
+from deltackpt.structure import Leaf
 
 #: Extensions that `export` writes.
 WRITABLE = (".safetensors", ".npz", ".pt")
@@ -93,8 +96,9 @@ def export(
 
     Notes
     -----
-    A ``.pt`` file holds the state as it was saved.  The other two hold tensors under their names, tied ones
-    once, long bytes and strings as uint8; the nesting and all other values go beside them as JSON:
+    A ``.pt`` file holds the state as it was saved.  The other two hold arrays under their names in C order,
+    tied ones once, views of others as arrays of their own, long bytes and strings as uint8; the nesting and
+    all other values go beside them as JSON:
     ``{"run", "step", "structure", "tensors"}``, the latter giving names to the structure's tensor indices.
     """
     start = time.perf_counter()
@@ -127,42 +131,72 @@ def _write(
     run: Run, commit: Commit, path: Path, keys: Sequence[str] | None, progress: Callable[[int, int], None]
 ) -> None:
     manifest = read_manifest(run.store, commit)
-    structure, wanted = _select(manifest, keys)
-    rows = [manifest.tensors[i] for i in wanted]
+    structure, items = _items(manifest, keys)
     beside = json.dumps(
         {
             "run": run.name,
             "step": commit.slot.step,
             "structure": structure,
-            "tensors": {i: manifest.tensors[i].name for i in wanted},
+            "tensors": {i: item.spec.name for i, item in enumerate(items)},
         },
         separators=(",", ":"),
     )
-    total_size, done_size = sum(row.size for row in rows), 0
-    with files.create_file(path, [TensorSpec(r.name, r.dtype, r.shape) for r in rows], beside) as target:
-        for batch in _batches(rows, _BATCH_SIZE):
-            restore.fill(run.store, [(row, target.buffer(row.name)) for row in batch])
-            for row in batch:
-                target.done(row.name)
-            done_size += sum(row.size for row in batch)
+    total_size, done_size = sum(item.spec.size for item in items), 0
+    with files.create_file(path, [item.spec for item in items], beside) as target:
+        for batch in _batches(items, _BATCH_SIZE):
+            whole = [item for item in batch if item.layout is None]
+            restore.fill(run.store, [(item.row, target.buffer(item.spec.name)) for item in whole])
+            for item in batch:
+                if item.layout is not None:
+                    data, layout = restore.part(run.store, item.row, item.layout)
+                    arrays.copy_elements(target.buffer(item.spec.name), data, layout)
+                target.done(item.spec.name)
+            done_size += sum(item.spec.size for item in batch)
             progress(done_size, total_size)
 
 
-def _select(manifest: Manifest, keys: Sequence[str] | None) -> tuple[Any, list[int]]:
-    if keys is None:
-        return manifest.structure, list(range(len(manifest.tensors)))
-    return tree.select(manifest.structure, [row.name for row in manifest.tensors], keys)
+class _Item(NamedTuple):
+    """One tensor of the file: a whole row of the manifest, or the elements of one that lie so."""
+
+    spec: TensorSpec
+    row: TensorRow
+    layout: Layout | None
 
 
-def _batches(rows: Sequence[TensorRow], size: int) -> Iterator[list[TensorRow]]:
+def _items(manifest: Manifest, keys: Sequence[str] | None) -> tuple[Any, list[_Item]]:
+    """Return the structure with each array as a tensor of its own, tied ones as one, and those tensors."""
+    names, structure = [row.name for row in manifest.tensors], manifest.structure
+    if keys is not None:
+        structure, _ = leaves.select(structure, names, keys)
+    items: list[_Item] = []
+    numbers: dict[Any, int] = {}
+    taken: set[str] = set()
+
+    def node(leaf: Leaf, name: str) -> Any:
+        row, view = manifest.tensors[leaf.at], leaf.view
+        what = leaf.at, view.dtype, view.layout
+        if what not in numbers:
+            numbers[what] = len(items)
+            shape = row.shape if view.layout is None else view.layout.shape
+            unique = next(
+                n for i in itertools.count(1) if (n := name if i == 1 else f"{name}#{i}") not in taken
+            )
+            taken.add(unique)
+            items.append(_Item(TensorSpec(unique, view.dtype or row.dtype, shape), row, view.layout))
+        return {"tensor" if leaf.is_array else leaf.tag: numbers[what]}
+
+    return leaves.rewritten(structure, names, node), items
+
+
+def _batches(items: Sequence[_Item], size: int) -> Iterator[list[_Item]]:
     """Split tensors into runs of at most `size` bytes, or of one tensor."""
-    batch: list[TensorRow] = []
+    batch: list[_Item] = []
     batch_size = 0
-    for row in rows:
-        if batch and batch_size + row.size > size:
+    for item in items:
+        if batch and batch_size + item.spec.size > size:
             yield batch
             batch, batch_size = [], 0
-        batch.append(row)
-        batch_size += row.size
+        batch.append(item)
+        batch_size += item.spec.size
     if batch:
         yield batch

@@ -25,6 +25,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from deltackpt import arrays, dtypes
 from deltackpt.errors import (
     FormatError,
     InvalidInputError,
@@ -32,7 +33,7 @@ from deltackpt.errors import (
     NotFoundError,
     StorageError,
 )
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, U8, Framework, State, Tensor
+from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, Framework, State, Tensor
 
 #: File name extensions that `read_state` knows.
 READABLE = (".safetensors", ".npz", ".pt", ".pth", ".bin")
@@ -55,6 +56,9 @@ _FROM_SAFETENSORS = {
     "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _TO_SAFETENSORS = {ours: theirs for theirs, ours in _FROM_SAFETENSORS.items()}
 
@@ -233,6 +237,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         # RuntimeError: an encrypted member. NotImplementedError: a zip feature that zipfile has not.
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             raise FormatError(f"{path}: not a readable npz: {error}") from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # zipfile seeks where a damaged directory sends it, before the file's start too.
+            raise FormatError(f"{path}: not a readable npz: its directory points outside of it") from error
 
 
 def _check_members(members: list[zipfile.ZipInfo], file_size: int, path: Path) -> None:
@@ -270,7 +279,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
                 raise FormatError(f"{where}: npy version is {version}, expected 1.0 or 2.0")
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise FormatError(f"{where}: not an npy header: {error}") from error
-        if dtype.name not in DTYPE_SIZES:
+        if dtypes.name_of(dtype) is None:
             raise InvalidInputError(
                 f"{where}: dtype is {dtype}, expected numbers",
                 hint="load it yourself and save it as a plain array",
@@ -282,8 +291,7 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) 
             )
         data = np.empty(size, np.uint8)
         _read_exactly(file, data, where)
-    array = data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
-    return array.astype(dtype.newbyteorder("<"), copy=False)
+    return data.view(dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _read_exactly(file: IO[bytes], into: U8, where: str) -> None:
@@ -347,7 +355,7 @@ class TensorSpec:
     name : str
         Unique in the file.
     dtype : str
-        A key of `DTYPE_SIZES`.
+        As `dtypes` writes it down.
     shape : tuple of int
         ``()`` for a scalar.
     """
@@ -359,7 +367,7 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+        return math.prod(self.shape) * dtypes.itemsize(self.dtype)
 
 
 class Output(ABC):
@@ -424,7 +432,7 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
     suffix = path.suffix.lower()
     if suffix not in (".safetensors", ".npz"):
         raise _unknown_suffix(path, (".safetensors", ".npz"))
-    _check_specs(path, specs, held=_TO_SAFETENSORS.keys() if suffix == ".safetensors" else _NPZ_DTYPES)
+    _check_specs(path, specs)
     with _replacing(path) as file:
         out: _SafetensorsOutput | _NpzOutput
         with _storage_errors(path):
@@ -441,14 +449,12 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
             raise InvalidInputError(f"{path}: tensor {min(out.missing)!r} was never filled")
 
 
-_NPZ_DTYPES = DTYPE_SIZES.keys() - NOT_IN_NUMPY
-
-
-def _check_specs(path: Path, specs: Sequence[TensorSpec], *, held: Any) -> None:
+def _check_specs(path: Path, specs: Sequence[TensorSpec]) -> None:
+    is_held = _TO_SAFETENSORS.__contains__ if path.suffix.lower() == ".safetensors" else _is_npz_dtype
     seen: set[str] = set()
     for spec in specs:
         where = f"{path}: tensor {spec.name!r}"
-        if spec.dtype not in held:
+        if not is_held(spec.dtype):
             hint = "write .safetensors" if spec.dtype in _TO_SAFETENSORS else "write .npz or .pt"
             raise InvalidInputError(f"{where} is {spec.dtype}, which {path.suffix} cannot hold", hint=hint)
         if spec.name in seen:
@@ -456,6 +462,10 @@ def _check_specs(path: Path, specs: Sequence[TensorSpec], *, held: Any) -> None:
         if not _is_writable_name(spec.name):
             raise InvalidInputError(f"{where}: a {path.suffix} file cannot hold this name", hint="rename it")
         seen.add(spec.name)
+
+
+def _is_npz_dtype(dtype: str) -> bool:
+    return dtype not in NOT_IN_NUMPY
 
 
 def _is_writable_name(name: str) -> bool:
@@ -530,7 +540,7 @@ class _NpzOutput(Output):
 
     def done(self, name: str) -> None:
         spec, data = self._specs[name], self._buffers.pop(name)
-        descr = np.lib.format.dtype_to_descr(np.dtype(spec.dtype).newbyteorder("<"))
+        descr = np.lib.format.dtype_to_descr(dtypes.numpy_dtype(spec.dtype))
         header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
         with self._writing, _storage_errors(Path(f"{name}.npy")):
             with self._archive.open(_zip_info(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -573,18 +583,22 @@ def write_pt(path: Path, state: State) -> None:
     path = Path(path)
     torch = _import_torch(path)
     with _replacing(path) as file, _storage_errors(path):
-        torch.save(_to_torch(state, torch), file)
+        torch.save(_to_torch(state, path), file)
 
 
-def _to_torch(value: Any, torch: Any) -> Any:
+def _to_torch(value: Any, path: Path) -> Any:
     if isinstance(value, dict):
-        return {key: _to_torch(item, torch) for key, item in value.items()}
+        return {key: _to_torch(item, path) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_to_torch(item, torch) for item in value)
+        return type(value)(_to_torch(item, path) for item in value)
     if isinstance(value, np.ndarray | np.generic):
-        # torch wants writable memory in native order; what is both already is not copied.
         array = np.asarray(value)
-        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+        if array.dtype.kind in "iufc":
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        dtype = dtypes.name_of(array.dtype)
+        if dtype not in DTYPE_SIZES or dtype in NOT_IN_TORCH:
+            raise InvalidInputError(f"{path}: torch has no dtype {dtype or array.dtype}", hint="write .npz")
+        return arrays.as_torch(array, dtype)
     return value
 
 

@@ -32,7 +32,7 @@ from deltackpt.format import (
     dump_json,
     load_json,
 )
-from deltackpt.types import DTYPE_SIZES, U8
+from deltackpt.types import DTYPE_SIZES, U8, Framework
 
 _FINGERPRINT_SIZE = 16
 
@@ -58,7 +58,7 @@ class TensorRow:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    framework: str
+    framework: Framework
     size: int
     level: int
     root: bytes

@@ -1,11 +1,12 @@
-"""Restore: tensors from chunks, and a state from its tensors.
+"""Restore: tensors from chunks.
 
-Owns   following lists down to chunks, decoding in threads into place, loading into arrays the caller has.
-Never  writes, or knows about steps and runs.
+Owns   following lists down to chunks, decoding in threads into place, reading only the chunks of a part.
+Never  writes, or knows about states, steps and runs.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,20 +16,17 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from deltackpt import arrays, tree
 from deltackpt.errors import CorruptError
 from deltackpt.format import LIST_ROW
-from deltackpt.manifest import Manifest, TensorRow, list_from_bytes
+from deltackpt.layout import Layout, touched
+from deltackpt.manifest import TensorRow, list_from_bytes
 from deltackpt.store import Store, n_threads, workers
-from deltackpt.types import U8, State
+from deltackpt.types import U8
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 #: Bytes a thread restores at a time: a task costs about 30 us, this much 1 ms.
 _TASK_SIZE = 1 << 20
-#: Bytes loaded at a time on their way to arrays that cannot be loaded into.
-_COPY_SIZE = 64 << 20
 
 
 def spans(ends: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
@@ -51,6 +49,21 @@ def _naming(row: TensorRow) -> Iterator[None]:
         raise CorruptError(f"tensor {row.name!r}: {e.message}", hint=e.hint) from e
 
 
+def _root(row: TensorRow) -> npt.NDArray[np.void]:
+    """Return a tensor as a table of one chunk or list; of none if it has no bytes."""
+    table = np.zeros(1 if row.size else 0, LIST_ROW)
+    if row.size:
+        table["id"], table["size"] = np.frombuffer(row.root, np.uint8), row.size
+    return table
+
+
+def _read_list(store: Store, entry: np.void, found: np.void, level: int) -> npt.NDArray[np.void]:
+    chunk_id = entry["id"].tobytes()
+    chunk = np.empty(int(found["raw_size"]), np.uint8)
+    store.read_into(chunk_id, found, chunk)
+    return list_from_bytes(chunk, level, int(entry["size"]), f"list {chunk_id.hex()[:16]}")
+
+
 def resolve(store: Store, rows: Sequence[TensorRow]) -> list[npt.NDArray[np.void]]:
     """Return each tensor's chunks, ids and sizes, as LIST_ROW.
 
@@ -59,27 +72,13 @@ def resolve(store: Store, rows: Sequence[TensorRow]) -> list[npt.NDArray[np.void
     CorruptError
         If a list is missing or damaged; names the tensor.
     """
-    tables = []
-    for row in rows:
-        table = np.zeros(1 if row.size else 0, LIST_ROW)
-        if row.size:
-            table["id"], table["size"] = np.frombuffer(row.root, np.uint8), row.size
-        tables.append(table)
+    tables = [_root(row) for row in rows]
     for level in range(max((row.level for row in rows), default=0), 0, -1):
         todo = [i for i, row in enumerate(rows) if row.level >= level]
-        ids = np.concatenate([tables[i]["id"] for i in todo])
-        found = store.find(ids)
-        at = 0
+        found = iter(store.find(np.concatenate([tables[i]["id"] for i in todo])))
         for i in todo:
-            parts = []
-            for entry in tables[i]:
-                chunk_id = entry["id"].tobytes()
-                with _naming(rows[i]):
-                    chunk = np.empty(int(found[at]["raw_size"]), np.uint8)
-                    store.read_into(chunk_id, found[at], chunk)
-                    where = f"list {chunk_id.hex()[:16]}"
-                    parts.append(list_from_bytes(chunk, level, int(entry["size"]), where))
-                at += 1
+            with _naming(rows[i]):
+                parts = [_read_list(store, entry, next(found), level) for entry in tables[i]]
             tables[i] = np.concatenate(parts)
     return tables
 
@@ -101,10 +100,77 @@ def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
     tables = resolve(store, [row for row, _ in tensors])
     chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
     owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
+    starts = np.concatenate([np.zeros(0, np.int64), *(_starts(t) for t in tables)])
+    _read_all(store, chunks, starts, [tensors[i] for i in owners.tolist()])
+
+
+def part(store: Store, row: TensorRow, layout: Layout) -> tuple[U8, Layout]:
+    """Rebuild those chunks of a tensor that hold certain elements; nothing else of it is read.
+
+    Parameters
+    ----------
+    store : Store
+    row : TensorRow
+    layout : Layout
+        Where the elements lie in the tensor's bytes; must lie inside them.
+
+    Returns
+    -------
+    data : ndarray of uint8
+        From the first of those chunks to the last; what lies in others takes no memory, and is zeros.
+    layout : Layout
+        Where the elements lie in `data`.
+
+    Raises
+    ------
+    CorruptError
+        If a chunk or a list on the way to it is missing or damaged.
+    """
+    runs = layout.runs()
+    table, starts = _root(row), np.zeros(1, np.int64)
+    with _naming(row):
+        for level in range(row.level, 0, -1):
+            table, starts = _kept(table, starts, runs)
+            found = store.find(table["id"])
+            lists = [_read_list(store, entry, at, level) for entry, at in zip(table, found, strict=True)]
+            below = [start + _starts(t) for start, t in zip(starts, lists, strict=True)]
+            table = np.concatenate([np.zeros(0, LIST_ROW), *lists])
+            starts = np.concatenate([np.zeros(0, np.int64), *below])
+    table, starts = _kept(table, starts, runs)
+    if not len(table):
+        return np.empty(0, np.uint8), layout.moved(-layout.offset)
+    first, stop = int(starts[0]), int(starts[-1]) + int(table["size"][-1])
+    data = _sparse(stop - first)
+    _read_all(store, table, starts - first, [(row, data)] * len(table))
+    return data, layout.moved(-first)
+
+
+def _starts(table: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    sizes = table["size"].astype(np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def _kept(
+    table: npt.NDArray[np.void], starts: npt.NDArray[np.int64], runs: tuple[npt.NDArray[np.int64], int]
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
+    keep = touched(runs, starts, starts + table["size"].astype(np.int64)) if len(table) else slice(0)
+    return table[keep], starts[keep]
+
+
+def _sparse(size: int) -> U8:
+    """Return zeroed memory that takes room only where it is written: it may be larger than there is."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+
+
+def _read_all(
+    store: Store,
+    chunks: npt.NDArray[np.void],
+    starts: npt.NDArray[np.int64],
+    into: Sequence[tuple[TensorRow, U8]],
+) -> None:
+    """Read chunks, each to its place in the memory of its tensor."""
     sizes = chunks["size"].astype(np.int64)
-    offsets = np.concatenate(
-        [np.cumsum(t["size"].astype(np.int64)) - t["size"].astype(np.int64) for t in tables] or [sizes]
-    )
     ids = np.ascontiguousarray(chunks["id"])
     found = store.find(ids)
     # In the order of the packs, so that disks are read forwards.
@@ -113,64 +179,15 @@ def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
 
     def some(numbers: list[int]) -> None:
         for i in numbers:
-            row, out = tensors[owners[i]]
+            row, out = into[i]
             with _naming(row):
-                store.read_into(ids[i].tobytes(), found[i], out[offsets[i] : offsets[i] + sizes[i]])
+                store.read_into(ids[i].tobytes(), found[i], out[starts[i] : starts[i] + sizes[i]])
 
     try:
         for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
             window.submit(some, order[first:stop].tolist())
     finally:
         window.finish()
-
-
-def load(store: Store, manifest: Manifest, *, keys: str | Sequence[str] | None, into: State | None) -> State:
-    """Rebuild a state, or those parts of it whose names match `keys`, into `into`'s arrays where given."""
-    rows = manifest.tensors
-    if keys is None:
-        structure, wanted = manifest.structure, list(range(len(rows)))
-    else:
-        structure, wanted = tree.select(manifest.structure, [row.name for row in rows], keys)
-    values: list[Any] = [None] * len(rows)
-    jobs: list[tuple[TensorRow, U8]] = []
-    by_copy: list[tuple[int, Any]] = []  # what is on a device, or in another order
-    tied: list[tuple[int, Any]] = []
-    if into is not None:
-        pairs = tree.pair_into(structure, into, [(row.name, row.dtype, row.shape) for row in rows])
-        for i, array in pairs:
-            if values[i] is not None:
-                tied.append((i, array))
-                continue
-            values[i] = array
-            out = arrays.destination(array, rows[i].dtype, rows[i].shape, rows[i].name)
-            if out is None:
-                by_copy.append((i, array))
-            else:
-                jobs.append((rows[i], out))
-    for i in wanted:
-        if values[i] is None:
-            values[i], out = _allocate(rows[i])
-            jobs.append((rows[i], out))
-    fill(store, jobs)
-    for group in _groups(by_copy, [rows[i].size for i, _ in by_copy]):
-        temporary = [_allocate(rows[i]) for i, _ in group]
-        fill(store, [(rows[i], out) for (i, _), (_, out) in zip(group, temporary, strict=True)])
-        for (_, array), (source, _) in zip(group, temporary, strict=True):
-            arrays.copy_into(array, source)
-    for i, array in tied:
-        if array is not values[i]:
-            arrays.copy_into(array, values[i])
-    return tree.unflatten(structure, values)
-
-
-def _allocate(row: TensorRow) -> tuple[Any, U8]:
-    return arrays.allocate(row.dtype, row.shape, row.framework)  # type: ignore[arg-type]
-
-
-def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
-    """Split items into runs of about `_COPY_SIZE` bytes."""
-    for first, stop in spans(np.cumsum(np.array(sizes, np.int64)), _COPY_SIZE):
-        yield items[first:stop]
 
 
 class _Window(Generic[R]):

@@ -12,15 +12,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from blake3 import blake3
 
-from deltackpt import restore, snapshot
+from deltackpt import loader, snapshot
 from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
+from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest
 from deltackpt.records import Commit, Figures, check_run, check_step
 from deltackpt.report import SaveReport
@@ -30,6 +31,7 @@ from deltackpt.store import Store, Where, open_store
 from deltackpt.types import State
 
 log = logging.getLogger("deltackpt")
+R = TypeVar("R")
 
 #: Errors that writing the same bytes again would meet again.
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -119,6 +121,7 @@ class Run:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        allow_pickle: bool = False,
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start = time.perf_counter()
@@ -128,13 +131,14 @@ class Run:
             self._prepare()
             session = self._open(step, overwrite)
             try:
-                return self._save(session, state, metrics, metadata, start)
+                return self._save(session, state, metrics, metadata, allow_pickle, start)
             except StorageError as e:
                 if e.errno in _LASTING or session.deciding:
                     raise
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
-            return self._save(self._open(step, overwrite), state, metrics, metadata, start)
+            session = self._open(step, overwrite)
+            return self._save(session, state, metrics, metadata, allow_pickle, start)
 
     def _open(self, step: int, overwrite: bool) -> Session:
         return Session(self.store, self.name, step, overwrite=overwrite)
@@ -145,11 +149,12 @@ class Run:
         state: State,
         metrics: dict[str, float],
         metadata: dict[str, Any],
+        allow_pickle: bool,
         start: float,
     ) -> SaveReport:
         with session:
             assert self._memory is not None
-            saved = snapshot.save(session, state, self._memory)
+            saved = snapshot.save(session, state, self._memory, allow_pickle=allow_pickle)
             at = time.perf_counter()
             manifest = saved.manifest.to_bytes()
             session.publish(manifest)
@@ -214,19 +219,45 @@ class Run:
         *,
         keys: str | Sequence[str] | None = None,
         into: State | None = None,
+        strict: bool = True,
+        map: DeviceMap = None,
+        lazy: bool = False,
+        allow_pickle: bool = False,
     ) -> State:
         """Rebuild a step, bit for bit.  See `deltackpt.delta.load`."""
+
+        def rebuild(commit: Commit, manifest: Manifest) -> State:
+            return loader.load(
+                self.store,
+                manifest,
+                keys=keys,
+                into=into,
+                strict=strict,
+                device_map=map,
+                lazy=lazy,
+                allow_pickle=allow_pickle,
+                reading=lambda: self.reading(commit),
+            )
+
+        return self._with_manifest(step, rebuild)
+
+    def read(self, step: int | str, name: str, index: Any = ..., *, map: DeviceMap = None) -> Any:
+        """Read one array, or a part of it.  See `deltackpt.delta.read`."""
+        return self._with_manifest(
+            step, lambda commit, manifest: loader.read(self.store, manifest, name, index, device_map=map)
+        )
+
+    def _with_manifest(self, step: int | str, use: Callable[[Commit, Manifest], R]) -> R:
+        """Use what a step holds; again if it was overwritten meanwhile, or, as the latest, forgotten."""
         commit = self.commit(step)
         while True:
             try:
                 with self.reading(commit):
-                    manifest = read_manifest(self.store, commit)
-                    return restore.load(self.store, manifest, keys=keys, into=into)
+                    return use(commit, read_manifest(self.store, commit))
             except NotFoundError:
                 before, commit = commit, self.commit(step)
                 if commit is before:
                     raise
-                # It was overwritten, or forgotten with a newer step there, while it was read.
 
     @contextmanager
     def reading(self, commit: Commit) -> Iterator[None]:

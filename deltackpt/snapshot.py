@@ -1,4 +1,4 @@
-"""A snapshot: a state as tensors, chunks and a manifest.  The way back is in restore.py.
+"""A snapshot: a state as tensors, chunks and a manifest.  The way back is in restore.py and loader.py.
 
 Owns   which of a tensor's chunks are new, its lists and its row; what is remembered of the last one.
 Never  touches storage but through a store or a session, or knows about steps and runs.
@@ -140,7 +140,7 @@ class _Clock:
         self._last = now
 
 
-def save(session: Session, state: State, memory: Memory) -> Saved:
+def save(session: Session, state: State, memory: Memory, *, allow_pickle: bool = False) -> Saved:
     """Put the chunks of a state that the store lacks into a session.
 
     Parameters
@@ -149,6 +149,8 @@ def save(session: Session, state: State, memory: Memory) -> Saved:
     state : State
     memory : Memory
         The previous snapshot: its boundaries are kept where a tensor kept its name, dtype and shape.
+    allow_pickle : bool
+        Pickle what has no plain form.
 
     Raises
     ------
@@ -156,7 +158,7 @@ def save(session: Session, state: State, memory: Memory) -> Saved:
         If the state holds what has no plain form; names the key path.
     """
     clock = _Clock()
-    flat = tree.flatten(state)
+    flat = tree.flatten(state, allow_pickle=allow_pickle)
     clock.lap("flatten")
     saver = _Saver(session, memory, clock)
     knowns = saver.all(flat.tensors)

@@ -1,6 +1,6 @@
 """The few plain values that every layer speaks of.
 
-Owns   dtypes by name and size, and `Tensor`: bytes with a dtype and a shape, of whatever framework.
+Owns   dtypes by name and size; `Tensor`, bytes with a dtype and a shape; `View`, what an array is of one.
 Never  imports a framework, touches a disk, or copies an array.
 """
 
@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from deltackpt.layout import Layout
 
 U8: TypeAlias = npt.NDArray[np.uint8]
 Framework: TypeAlias = Literal["numpy", "torch"]
@@ -36,10 +38,43 @@ DTYPE_SIZES: dict[str, int] = {
     "complex128": 16,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float8_e4m3": 1,
+    "float8_e4m3b11fnuz": 1,
+    "float8_e3m4": 1,
+    "float6_e2m3fn": 1,
+    "float6_e3m2fn": 1,
+    "float4_e2m1fn": 1,
+    "float4_e2m1fn_x2": 1,
+    "int4": 1,
+    "uint4": 1,
+    "int2": 1,
+    "uint2": 1,
+    "complex32": 4,
 }
 
-#: Dtypes that NumPy itself does not have.
-NOT_IN_NUMPY = frozenset({"bfloat16", "float8_e4m3fn", "float8_e5m2"})
+#: Dtypes that NumPy has only with the help of ml_dtypes, if at all.
+NOT_IN_NUMPY = frozenset(
+    {"bfloat16", "complex32", "int4", "uint4", "int2", "uint2"}
+    | {name for name in DTYPE_SIZES if name.startswith(("float8_", "float6_", "float4_"))}
+)
+#: Dtypes of ml_dtypes that torch does not have, or only as a name.
+NOT_IN_TORCH = frozenset(
+    {
+        "float8_e4m3",
+        "float8_e4m3b11fnuz",
+        "float8_e3m4",
+        "float6_e2m3fn",
+        "float6_e3m2fn",
+        "float4_e2m1fn",
+        "int4",
+        "uint4",
+        "int2",
+        "uint2",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +136,33 @@ class Deferred:
         """Return the tensor, with a copy of its bytes."""
         return Tensor(self.name, self.dtype, self.shape, self.framework, self.take())
 
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What an array is, where it is not simply the tensor that holds its bytes.
+
+    Parameters
+    ----------
+    dtype : str, optional
+        A key of `DTYPE_SIZES`, or as `dtypes` spells it, ``">f4"``; given together with `layout`.
+    layout : Layout, optional
+        Where its elements lie in the tensor's bytes; None if it has the tensor's dtype and shape, in C order.
+    parameter : bool
+        Whether it is a torch.nn.Parameter.
+    requires_grad : bool
+    device : str, optional
+        The device it was saved from, where that was not the CPU.
+    """
+
+    dtype: str | None = None
+    layout: Layout | None = None
+    parameter: bool = False
+    requires_grad: bool = False
+    device: str | None = None
+
+
+#: An array that is simply its tensor.
+WHOLE = View()
 
 #: Any nesting of dict, list, tuple, None, bool, int, float, str, bytes and arrays.
 State: TypeAlias = Any

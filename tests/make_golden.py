@@ -28,11 +28,34 @@ from deltackpt.records import Fence, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, DIRS, Store
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY
+from deltackpt.types import DTYPE_SIZES
 
 GOLDEN = Path(__file__).parent / "golden"
 #: Small chunks, so that a small store has lists, and lists of lists.
 CHUNKER = Chunker(min_size=256, avg_size=1024, max_size=4096)
+
+
+#: The dtypes that v1 holds: those there were when it was made.
+V1_DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+]
+_NOT_IN_NUMPY = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
 def noise(size: int, seed: int) -> np.ndarray:
@@ -51,14 +74,14 @@ def weights(n: int, seed: int) -> np.ndarray:
 
 
 def state(step: int) -> dict[str, Any]:
-    """A state with every tag, every dtype that NumPy has, every codec, and lists of one and two levels."""
+    """A state with every tag and dtype there was in v1, every codec, and lists of one and two levels."""
     w = weights(3000, 1).reshape(60, 50)
     if step > 1:
         w = w.copy()
         w[7:9] = weights(100, step).reshape(2, 50)
     tied = noise(64, 2).view("<i4").reshape(4, 4)
     odd = np.array([0x7FC00001, 0x80000000, 0xFF800000, 1], "<u4").view("<f4")
-    dtypes = [name for name in DTYPE_SIZES if name not in NOT_IN_NUMPY and name != "bool"]
+    dtypes = [name for name in V1_DTYPES if name not in _NOT_IN_NUMPY and name != "bool"]
     return {
         "model": {"w": w, "tied": tied, "again": tied, "odd": odd, "scalar": np.array(step, "<i8")},
         "dtypes": {name: noise(6 * DTYPE_SIZES[name], 3).view(name) for name in dtypes},
@@ -96,7 +119,7 @@ def torch_state() -> dict[str, Any]:
     return {
         "bfloat16": half.view(torch.bfloat16).reshape(30, 30),
         "float32": torch.from_numpy(weights(3000, 1)),  # the same bytes as step 1's weights
-        **{name: bits.view(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")},
+        **{name: bits.clone().view(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")},
         "scalar": torch.tensor(2.5),
     }
 

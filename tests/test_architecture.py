@@ -36,7 +36,8 @@ HARMLESS = {
         "sched_getaffinity",
         "register_at_fork",
     },
-    "mmap": {"PAGESIZE", "MADV_HUGEPAGE"},
+    # Memory, not files: to map one takes a descriptor, and nothing here can open it.
+    "mmap": {"PAGESIZE", "MADV_HUGEPAGE", "mmap", "MAP_PRIVATE", "MAP_ANONYMOUS"},
 }
 
 
@@ -113,21 +114,16 @@ def test_only_backends_touch_storage(name: str):
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_nothing_that_was_read_is_executed(name: str):
     used = names_used(name)
-    assert not used & {
-        "eval",
-        "exec",
-        "compile",
-        "__import__",
-        "pickle.loads",
-        "pickle.load",
-        "marshal.loads",
-    }
-    assert {n for n in used if n.startswith("pickle.")} <= {"pickle.UnpicklingError"}
+    assert not used & {"eval", "exec", "compile", "__import__", "marshal.loads"}
+    assert "import_module" not in used or name == "kernels"  # its own extension
+    # One module unpickles, and only tree calls it, when it is told allow_pickle.
+    assert {n for n in used if n.startswith("pickle.")} <= {"pickle.UnpicklingError"} or name == "pickles"
+    assert not any(n.startswith("pickles.") for n in used) or name == "tree"
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load"):
             assert "weights_only=True" in ast.unparse(node)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            assert ast.unparse(node.value) == "False"
+            assert ast.unparse(node.value) in ("False", "allow_pickle")
 
 
 def test_importing_the_package_brings_in_no_framework_and_no_command_line():

@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltackpt import codecs, format, kernels, manifest, store, tree, types
+from deltackpt import codecs, format, kernels, manifest, store, structure, types
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.osshim import Os
 from deltackpt.chunking import Chunker
@@ -97,7 +97,7 @@ def test_the_page_names_every_directory_column_tag_codec_and_cap():
     assert {name.strip("`").split("/")[0] for name in names} == {store.DESCRIPTOR, *store.DIRS}
     columns = [row[0].strip("`") for row in table(section("Manifest header").partition("eight columns")[2])]
     assert columns == list(manifest.TensorRow.__slots__)
-    assert [row[0].strip("`") for row in table(section("Structure"))] == list(tree._TAGS)
+    assert [row[0].strip("`") for row in table(section("Structure"))] == list(structure.TAGS)
     listed = re.search(r"\| `dtype` \| one of `(.*?)`", PAGE)[1].split()
     assert listed == list(types.DTYPE_SIZES)
     assert re.findall(r"^\*\*Codec (\d+), (\w+)\.\*\*", PAGE, re.M) == [

@@ -19,7 +19,6 @@ from deltackpt.records import Commit, Fence, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DIRS, Store
-from deltackpt.types import DTYPE_SIZES
 from deltackpt.verify import verify
 
 try:
@@ -91,7 +90,7 @@ def test_v1_holds_what_its_readme_says():
     assert set(rows["codec"].tolist()) == {0, 1, 2}
     tensors = [t for run in expected.values() for step in run.values() for t in step["tensors"].values()]
     assert {t["level"] for t in tensors} == {0, 1, 2}
-    assert {t["dtype"] for t in tensors} == set(DTYPE_SIZES)
+    assert {t["dtype"] for t in tensors} == set(make_golden.V1_DTYPES)
     decisions = [store.refs.decision(Slot("main", *at)) for at in [(3, 1), (3, 2), (5, 1), (5, 2)]]
     assert [type(d) for d in decisions] == [Commit, Commit, Fence, Commit]
     assert store.gc_state()[0] == 1

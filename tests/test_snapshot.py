@@ -8,6 +8,7 @@ from states import same, weights
 from deltackpt import delta, open_store
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.run import Run
+from deltackpt.tree import flatten
 from deltackpt.types import Deferred, Tensor
 
 
@@ -155,9 +156,7 @@ def test_boundaries_stay_when_the_content_moves_on(backend):
 
 
 def _tensor(n):
-    from deltackpt.arrays import to_tensor
-
-    return to_tensor(np.zeros(n, np.float32), "w")
+    return flatten({"w": np.zeros(n, np.float32)}).tensors[0]
 
 
 def test_a_damaged_previous_step_does_not_keep_the_next_from_being_saved(backend):

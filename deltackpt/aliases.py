@@ -1,0 +1,179 @@
+"""Aliases: which arrays of a state share memory, and the tensors that hold it, each byte once.
+
+Owns   finding overlaps, choosing what is stored for arrays that overlap, and what each of them is of it.
+Never  knows names or nesting, or reads memory before it is asked to.
+
+What is stored for one or several arrays of one stretch of memory is
+
+*  the array itself, if it fills the stretch: its memory as it lies there, axes and all, without a copy;
+*  a copy of its elements without gaps, if it is alone and leaves gaps, as a slice of something larger does;
+*  the stretch, as plain elements of one axis, if there are several and none of them fills it.
+
+A stretch ends where no array spans both sides, so views that meet nowhere, as the parameters in one flat
+buffer, are tensors of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from deltackpt.arrays import Facts, memory, packed
+from deltackpt.dtypes import carrier
+from deltackpt.layout import Layout
+from deltackpt.types import DTYPE_SIZES, U8, WHOLE, Deferred, Framework, Tensor, View
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor to be stored, yet without a name.
+
+    Parameters
+    ----------
+    owner : int
+        The array it is to be named by: the one it is, or the first of those that share it.
+    dtype, shape, framework
+        As of `Tensor`.
+    take : callable
+        Returns the bytes.
+    is_view : bool
+        Whether that takes no copy.
+    """
+
+    owner: int
+    dtype: str
+    shape: tuple[int, ...]
+    framework: Framework
+    take: Callable[[], U8]
+    is_view: bool
+
+    def named(self, name: str) -> Tensor | Deferred:
+        """Return the tensor; its bytes alias the array's, or are copied when they are needed."""
+        if self.is_view:
+            return Tensor(name, self.dtype, self.shape, self.framework, self.take())
+        return Deferred(name, self.dtype, self.shape, self.framework, self.take)
+
+
+def gather(arrays: Sequence[Facts]) -> tuple[list[Source], list[tuple[int, View]]]:
+    """Return the tensors to be stored, by the first array of each, and what each array is of them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from deltackpt.arrays import look
+    >>> x = np.arange(6.0)
+    >>> sources, views = gather([look(a) for a in (x[:4], x, np.zeros(2), x)])
+    >>> [source.shape for source in sources]
+    [(6,), (2,)]
+    >>> [(at, view.layout and view.layout.shape) for at, view in views]
+    [(0, (4,)), (0, None), (1, None), (0, None)]
+    """
+    sources: list[Source] = []
+    views: list[tuple[int, View]] = [(0, WHOLE)] * len(arrays)
+    for group in sorted(_groups(arrays)):
+        source, start, dtype, layout = _source(arrays, group)
+        for i in group:
+            views[i] = len(sources), _view(arrays[i], start, dtype, layout)
+        sources.append(source)
+    return sources, views
+
+
+def _groups(arrays: Sequence[Facts]) -> list[list[int]]:
+    """Return which arrays share a stretch of memory, each group in order; empty ones share by identity."""
+    spans: dict[Hashable, list[tuple[int, int, int]]] = {}
+    empty: dict[int, list[int]] = {}
+    for i, facts in enumerate(arrays):
+        start, stop = facts.layout.span
+        if start < stop:
+            spans.setdefault(facts.space, []).append((start, stop, i))
+        else:
+            empty.setdefault(id(facts.array), []).append(i)
+    groups = list(empty.values())
+    for found in spans.values():
+        found.sort()
+        end = found[0][0]
+        for start, stop, i in found:
+            if start < end:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+            end = max(end, stop)
+    return [sorted(group) for group in groups]
+
+
+def _source(arrays: Sequence[Facts], group: list[int]) -> tuple[Source, int, str, Layout]:
+    """Return a group's tensor, where its bytes start, and dtype and layout of an array that is simply it."""
+    first = arrays[group[0]]
+    spans = [arrays[i].layout.span for i in group]
+    start, stop = min(s for s, _ in spans), max(s for _, s in spans)
+    fits = [
+        i
+        for i, span in zip(group, spans, strict=True)
+        if span == (start, stop) and _narrow(arrays[i]).is_solid()
+    ]
+    if fits:
+        owner = next((i for i in fits if arrays[i].layout.is_plain), fits[0])
+        facts = arrays[owner]
+        shape = tuple(_narrow(facts).shape[axis] for axis in _axes(facts.layout))
+        return (
+            _lying(facts, owner, start, stop, shape),
+            start,
+            facts.dtype,
+            Layout.plain(shape, facts.layout.itemsize),
+        )
+    if not _narrow(first).overlaps() and all(
+        (arrays[i].layout, arrays[i].dtype) == (first.layout, first.dtype) for i in group
+    ):
+        return _packed(first, group[0])
+    itemsize = first.layout.itemsize
+    units = {arrays[i].dtype for i in group}
+    offsets = [arrays[i].layout.offset - start for i in group]
+    strides = [stride for i in group for stride in arrays[i].layout.strides]
+    dtype = first.dtype
+    if len(units) > 1 or any(n % itemsize for n in [stop - start, *offsets, *strides]):
+        dtype, itemsize = "uint8", 1
+    shape = ((stop - start) // itemsize,)
+    facts = replace(first, dtype=dtype)
+    return _lying(facts, group[0], start, stop, shape), start, dtype, Layout.plain(shape, itemsize)
+
+
+def _narrow(facts: Facts) -> Layout:
+    return facts.layout.narrowed()
+
+
+def _axes(layout: Layout) -> tuple[int, ...]:
+    """Return the axes in the order of memory; a plain array's as they are, even those of one element."""
+    return tuple(range(len(layout.shape))) if layout.is_plain else layout.order()
+
+
+def _lying(facts: Facts, owner: int, start: int, stop: int, shape: tuple[int, ...]) -> Source:
+    """Return memory as it lies there."""
+    dtype, n_units = carrier(facts.dtype)
+    whole = shape if n_units == 1 else (*shape, n_units)
+    is_view = facts.is_direct or start == stop
+    return Source(owner, dtype, whole, facts.framework, lambda: memory(facts, start, stop), is_view)
+
+
+def _packed(facts: Facts, owner: int) -> tuple[Source, int, str, Layout]:
+    """Return a lone array's elements without the gaps between them."""
+    narrow, order = _narrow(facts), facts.layout.order()
+    shape = tuple(narrow.shape[axis] for axis in order)
+    dtype, n_units = carrier(facts.dtype)
+    whole = shape if n_units == 1 else (*shape, n_units)
+    source = Source(owner, dtype, whole, facts.framework, lambda: packed(facts), False)
+    return source, -1, facts.dtype, Layout.plain(shape, facts.layout.itemsize)
+
+
+def _view(facts: Facts, start: int, dtype: str, simple: Layout) -> View:
+    """Return what an array is of a tensor whose first byte is at `start`; -1 for one that is packed."""
+    layout: Layout | None = facts.layout.moved(-start)
+    if start < 0:
+        packed_layout = _narrow(facts).packed()
+        repeats = tuple(
+            0 if stride == 0 else at
+            for stride, at in zip(facts.layout.strides, packed_layout.strides, strict=True)
+        )
+        layout = replace(packed_layout, shape=facts.layout.shape, strides=repeats)
+    if layout == simple and facts.dtype == dtype and dtype in DTYPE_SIZES:
+        return View(None, None, facts.parameter, facts.requires_grad, facts.device)
+    return View(facts.dtype, layout, facts.parameter, facts.requires_grad, facts.device)

@@ -1,0 +1,303 @@
+"""Loader: a state from its tensors, whole, in part or lazily.
+
+Owns   which memory each array comes into, the caller's or new, on which device; arrays that read when asked.
+Never  follows lists or decodes (restore.py does), or knows about steps and runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import numpy as np
+
+from deltackpt import arrays, leaves, tree
+from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
+from deltackpt.layout import Layout
+from deltackpt.leaves import Row
+from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.restore import fill, part, spans
+from deltackpt.store import Store
+from deltackpt.structure import Leaf, name, where
+from deltackpt.types import DTYPE_SIZES, U8, State, View
+
+T = TypeVar("T")
+
+#: Where a torch tensor goes: a device; what a device that it was saved from becomes; or a function of its
+#: name and of that device.  What is mapped to None stays on the CPU.
+DeviceMap = Any
+
+#: Bytes loaded at a time on their way to other memory.
+_COPY_SIZE = 64 << 20
+
+
+def load(
+    store: Store,
+    manifest: Manifest,
+    *,
+    keys: str | Sequence[str] | None = None,
+    into: State | None = None,
+    strict: bool = True,
+    device_map: DeviceMap = None,
+    lazy: bool = False,
+    allow_pickle: bool = False,
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> State:
+    """Rebuild a state, as `deltackpt.delta.load` says; a lazy array reads inside `reading()`."""
+    if into is not None and (lazy or device_map is not None):
+        other = "lazy" if lazy else "map"
+        raise InvalidInputError(
+            f"load: found both into and {other}, expected one of them", hint=f"drop {other}"
+        )
+    rows, structure = manifest.tensors, manifest.structure
+    if keys is not None:
+        structure, _ = leaves.select(structure, [row.name for row in rows], keys)
+    found = leaves.named(structure, len(rows))
+    for leaf in found:
+        _check_inside(rows[leaf.at], leaf)
+    if into is None:
+        later = {i for i, leaf in enumerate(found) if lazy and leaf.is_array}
+        values = _new(store, rows, [leaf for i, leaf in enumerate(found) if i not in later], device_map)
+        if lazy:
+            values = _with_lazy(store, rows, found, values, device_map, reading)
+    else:
+        pairs = leaves.pair_into(found, into, lambda leaf: _row(rows[leaf.at], leaf), strict=strict)
+        placed = dict(pairs)
+        dropped = {i for i, leaf in enumerate(found) if leaf.is_array and i not in placed}
+        if dropped:
+            structure = leaves.without(structure, len(rows), dropped)
+        values = _fill_into(
+            store, rows, [(leaf, placed.get(i)) for i, leaf in enumerate(found) if i not in dropped]
+        )
+    each = iter(values)
+    # Unflattening asks for leaves in the order in which they are listed.
+    return tree.unflatten(structure, len(rows), lambda leaf: next(each), allow_pickle=allow_pickle)
+
+
+def read(
+    store: Store, manifest: Manifest, wanted: str, index: Any = ..., *, device_map: DeviceMap = None
+) -> Any:
+    """Read one array, or what an index picks of it, as `deltackpt.delta.read` says."""
+    rows = manifest.tensors
+    leaf = leaves.find(manifest.structure, [row.name for row in rows], wanted)
+    _check_inside(rows[leaf.at], leaf)
+    return _read_part(store, rows[leaf.at], leaf, index, device_map)
+
+
+class LazyArray:
+    """An array that is still in the store: it has a dtype and a shape, and reads what it is indexed by.
+
+    Examples
+    --------
+    >>> from deltackpt import delta
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> store = MemoryBackend()
+    >>> _ = delta.save({"w": np.arange(12).reshape(3, 4)}, store, step=1)
+    >>> w = delta.load(store, lazy=True)["w"]
+    >>> w
+    <LazyArray w: int64 (3, 4)>
+    >>> w[1, ::2]
+    array([4, 6])
+    """
+
+    __slots__ = ("_read", "dtype", "name", "shape", "size")
+
+    def __init__(
+        self, name: str, dtype: str, shape: tuple[int, ...], size: int, read: Callable[[Any], Any]
+    ) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.size = size
+        self._read = read
+
+    def __repr__(self) -> str:
+        return f"<LazyArray {self.name}: {self.dtype} {self.shape}>"
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an array without axes")
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read what basic indexing picks: integers, slices, ``...`` and None; no more chunks than hold it."""
+        return self._read(index)
+
+    def load(self) -> Any:
+        """Read all of it."""
+        return self._read(...)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        if copy is False:
+            raise ValueError("a LazyArray is no memory: reading it makes a copy")
+        return np.asarray(self.load(), dtype)
+
+
+# --- what a leaf is ---
+
+
+def _layout(row: TensorRow, view: View) -> Layout:
+    return view.layout or Layout.plain(row.shape, DTYPE_SIZES[row.dtype])
+
+
+def _row(row: TensorRow, leaf: Leaf) -> Row:
+    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view).shape)
+
+
+def _check_inside(row: TensorRow, leaf: Leaf) -> None:
+    """Refuse a leaf whose elements reach out of its tensor."""
+    start, stop = _layout(row, leaf.view).span
+    if start < 0 or stop > row.size:
+        raise FormatError(
+            f"{where('state', leaf.path)}: found bytes {start} to {stop} of a tensor of {row.size} bytes"
+        )
+
+
+# --- into new memory ---
+
+
+def _new(store: Store, rows: Sequence[TensorRow], wanted: Sequence[Leaf], device_map: DeviceMap) -> list[Any]:
+    """Return what leaves stand for; those that are the same of one tensor are one object."""
+    devices: dict[int, str | None] = {}
+    for leaf in wanted:
+        devices.setdefault(leaf.at, leaf.view.device)
+    bases: dict[int, Any] = {}
+    order, place = list(devices), _placer(device_map)
+    # All at once unless what is loaded goes elsewhere: then this memory is needed for a moment only.
+    for group in [order] if device_map is None else _groups(order, [rows[i].size for i in order]):
+        made = {i: arrays.allocate(rows[i].dtype, rows[i].shape, rows[i].framework) for i in group}
+        fill(store, [(rows[i], data) for i, (_, data) in made.items()])
+        bases.update({i: place(rows[i].name, devices[i], array) for i, (array, _) in made.items()})
+    views: dict[tuple[int, View], Any] = {}
+    for leaf in wanted:
+        key = leaf.at, leaf.view
+        if key not in views:
+            views[key] = arrays.view(bases[leaf.at], leaf.view, where("state", leaf.path))
+    return [views[leaf.at, leaf.view] for leaf in wanted]
+
+
+def _placer(device_map: DeviceMap) -> Callable[[str, str | None, Any], Any]:
+    """Return what moves an array, given its tensor's name and the device it was saved from."""
+    if device_map is None:
+        return lambda called, device, array: array
+    if not arrays.has_torch():
+        raise MissingDependencyError(
+            "map: places torch's tensors, and torch is not installed", hint="pip install 'deltackpt[torch]'"
+        )
+
+    def place(called: str, device: str | None, array: Any) -> Any:
+        if isinstance(array, np.ndarray):
+            return array
+        if isinstance(device_map, Mapping):
+            target = device_map.get(device or "cpu")
+        elif callable(device_map):
+            target = device_map(called, device or "cpu")
+        else:
+            target = device_map
+        try:
+            return array if target is None else array.to(sys.modules["torch"].device(target))
+        except (RuntimeError, TypeError) as error:  # RuntimeError: no such device here
+            message = str(error).partition("\n")[0]
+            raise InvalidInputError(
+                f"map: cannot place {called!r} on {target!r}: {message}",
+                hint="map to a device that torch has here, as 'cpu' or 'cuda:0'",
+            ) from error
+
+    return place
+
+
+def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
+    """Split items into runs of about `_COPY_SIZE` bytes."""
+    for first, stop in spans(np.cumsum(np.array(sizes, np.int64)), _COPY_SIZE):
+        yield items[first:stop]
+
+
+# --- into the caller's memory ---
+
+
+def _fill_into(store: Store, rows: Sequence[TensorRow], pairs: Sequence[tuple[Leaf, Any]]) -> list[Any]:
+    """Fill the caller's arrays; return what leaves stand for, given each with its array, or with None."""
+    direct: dict[int, U8] = {}  # tensor: the memory that it is read into
+    others: dict[int, list[tuple[Leaf, Any]]] = {}  # tensor: arrays to copy it to
+    for leaf, array in pairs:
+        row, layout = rows[leaf.at], _layout(rows[leaf.at], leaf.view)
+        if not leaf.is_array:
+            direct[leaf.at] = np.empty(row.size, np.uint8)
+            continue
+        data = arrays.destination(array, _row(row, leaf).dtype, layout, where("into", leaf.path))
+        is_whole = layout.span == (0, row.size) and layout.is_solid()
+        if data is not None and is_whole and leaf.at not in direct:
+            direct[leaf.at] = data
+        elif layout.size:
+            others.setdefault(leaf.at, []).append((leaf, array))
+    fill(store, [(rows[i], data) for i, data in direct.items()])
+    left = [i for i in others if i not in direct]
+    for group in _groups(left, [rows[i].size for i in left]):
+        temporary = {i: np.empty(rows[i].size, np.uint8) for i in group}
+        fill(store, [(rows[i], data) for i, data in temporary.items()])
+        for i, data in temporary.items():
+            _copy(rows[i], others[i], data)
+    for i in others.keys() & direct.keys():
+        _copy(rows[i], others[i], direct[i])
+    return [array if leaf.is_array else direct[leaf.at] for leaf, array in pairs]
+
+
+def _copy(row: TensorRow, targets: Sequence[tuple[Leaf, Any]], data: Any) -> None:
+    for leaf, array in targets:
+        arrays.copy_into(array, data, _layout(row, leaf.view))
+
+
+# --- a part, or later ---
+
+
+def _with_lazy(
+    store: Store,
+    rows: Sequence[TensorRow],
+    found: Sequence[Leaf],
+    others: Sequence[Any],
+    device_map: DeviceMap,
+    reading: Callable[[], AbstractContextManager[None]],
+) -> list[Any]:
+    """Return what leaves stand for: lazy arrays, one for those that are the same, and what else there is."""
+    made: dict[tuple[int, View], LazyArray] = {}
+    each = iter(others)
+    values = []
+    for leaf in found:
+        if not leaf.is_array:
+            values.append(next(each))
+            continue
+        key = leaf.at, leaf.view
+        if key not in made:
+            made[key] = _lazy_array(store, rows[leaf.at], leaf, device_map, reading)
+        values.append(made[key])
+    return values
+
+
+def _lazy_array(
+    store: Store,
+    row: TensorRow,
+    leaf: Leaf,
+    device_map: DeviceMap,
+    reading: Callable[[], AbstractContextManager[None]],
+) -> LazyArray:
+    def get(index: Any) -> Any:
+        with reading():
+            return _read_part(store, row, leaf, index, device_map)
+
+    facts = _row(row, leaf)
+    return LazyArray(name(leaf.path), facts.dtype, facts.shape, _layout(row, leaf.view).size, get)
+
+
+def _read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:
+    """Return what an index picks of a leaf's array, as an array of its own."""
+    picked = _layout(row, leaf.view).indexed(index, f"index of {name(leaf.path)!r}")
+    dtype = leaf.view.dtype or row.dtype
+    if dtype == row.dtype and picked == Layout.plain(row.shape, picked.itemsize):
+        array, data = arrays.allocate(row.dtype, row.shape, row.framework)
+        fill(store, [(row, data)])
+    else:
+        data, layout = part(store, row, picked)
+        array = arrays.compact(dtype, row.framework, data, layout)
+    return _placer(device_map)(row.name, leaf.view.device, array)

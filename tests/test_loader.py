@@ -1,0 +1,296 @@
+"""Loading into memory one has, on devices, lazily, and in part."""
+
+import numpy as np
+import pytest
+from anystate import Config, Point, picture, states
+from hypothesis import given
+from test_tree import SLOW, needs_torch
+
+import deltackpt
+from deltackpt import delta
+from deltackpt.backends.memory import MemoryBackend
+from deltackpt.errors import CorruptError, FormatError, InvalidInputError, NotFoundError
+from deltackpt.manifest import Manifest
+from deltackpt.run import Run
+from deltackpt.store import Store, open_store
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+class Counting(MemoryBackend):
+    """Counts the bytes that are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_size = 0
+
+    def read(self, name, offset=0, size=None):
+        data = super().read(name, offset, size)
+        self.read_size += len(data)
+        return data
+
+    def read_into(self, name, offset, buffers):
+        self.read_size += sum(memoryview(b).nbytes for b in buffers)
+        super().read_into(name, offset, buffers)
+
+    def map(self, name):
+        data = super().map(name)
+        self.read_size += len(data)
+        return data
+
+
+def saved(state, backend=None):
+    backend = backend or MemoryBackend()
+    Run(open_store(backend, create=True), "main").save(state, step=1)
+    return backend
+
+
+def opened(backend):
+    """The run as a new process finds it."""
+    return Run(Store(backend), "main")
+
+
+@SLOW
+@given(states())
+def test_any_state_goes_through_a_store(state):
+    assert picture(opened(saved(state)).load()) == picture(state)
+
+
+@SLOW
+@given(states())
+def test_any_state_is_loaded_into_one_like_it(state):
+    backend = saved(state)
+    into = opened(backend).load()
+    zeroed = [x for x in leaves_of(into) if zero(x)]
+    try:
+        back = opened(backend).load(into=into)
+    except InvalidInputError as error:
+        assert "overlap" in error.message or "two of this path" in error.message  # noqa: PT017
+        return
+    assert picture(back) == picture(state)
+    back_ids = {id(x) for x in leaves_of(back)}
+    assert all(id(x) in back_ids for x in zeroed)
+
+
+def leaves_of(x):
+    if isinstance(x, np.ndarray) or (torch is not None and isinstance(x, torch.Tensor)):
+        yield x
+    elif isinstance(x, dict):
+        for v in [*x.values(), *(getattr(x, "__dict__", None) or {}).values()]:
+            yield from leaves_of(v)
+    elif isinstance(x, list | tuple):
+        for v in x:
+            yield from leaves_of(v)
+    elif hasattr(x, "__dataclass_fields__"):
+        for name in x.__dataclass_fields__:
+            yield from leaves_of(getattr(x, name))
+
+
+def zero(x):
+    if isinstance(x, np.ndarray):
+        x.view(np.dtype((np.void, x.itemsize)))[...] = b"\0" * x.itemsize
+    else:
+        ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+        x.detach().view(ints[x.element_size()]).zero_()
+    return True
+
+
+@SLOW
+@given(states())
+def test_any_state_is_read_lazily_array_by_array(state):
+    lazy = opened(saved(state)).load(lazy=True)
+    for there, x in zip(leaves_of(lazy_loaded(lazy)), leaves_of(state), strict=True):
+        assert picture(there)[0][1:3] == picture(x)[0][1:3]
+        assert deltackpt.arrays.bytes_of(there) == deltackpt.arrays.bytes_of(x)
+
+
+def lazy_loaded(x):
+    """A state with every lazy array read, nested loosely."""
+    if isinstance(x, deltackpt.LazyArray):
+        return x.load()
+    if isinstance(x, dict):
+        return [lazy_loaded(v) for v in [*x.values(), *(getattr(x, "__dict__", None) or {}).values()]]
+    if hasattr(x, "__dataclass_fields__"):
+        return [lazy_loaded(getattr(x, name)) for name in x.__dataclass_fields__]
+    return [lazy_loaded(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A matrix of 64 MiB beside a small one, in a store that counts."""
+    rng = np.random.default_rng(0)
+    state = {
+        "w": rng.standard_normal((8192, 2048), np.float32),
+        "small": rng.standard_normal(100_000, np.float32),
+        "lr": 0.1,
+    }
+    return state, saved(state, Counting())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [5, (5, 7), (..., 3), slice(100, 4000, 700), (slice(None, None, -900), slice(3, 9)), (None, 3, ...), ...],
+)
+def test_a_part_is_what_the_index_picks_of_the_whole(large, index):
+    state, backend = large
+    part = delta.read(backend, 1, "w", index)
+    assert np.array_equal(part, state["w"][index])
+    assert part.flags.owndata or part.base is None or part.size < state["w"].size
+    assert part.flags.writeable
+
+
+def test_a_row_reads_its_chunks_and_no_others(large):
+    state, backend = large
+    run = opened(backend)
+    run.store.refresh()
+    before = backend.read_size
+    assert np.array_equal(run.read("latest", "w", 4000), state["w"][4000])
+    assert backend.read_size - before < 2 << 20
+
+
+def test_keys_read_what_they_match(large):
+    state, backend = large
+    run = opened(backend)
+    before = backend.read_size
+    assert np.array_equal(run.load(keys="small")["small"], state["small"])
+    assert backend.read_size - before < 0.02 * (64 << 20)
+
+
+def test_lazy_arrays_know_themselves_and_read_what_is_asked(large):
+    state, backend = large
+    run = opened(backend)
+    lazy = run.load(lazy=True)
+    before = backend.read_size
+    w = lazy["w"]
+    assert (w.name, w.dtype, w.shape, w.size, len(w)) == ("w", "float32", (8192, 2048), 64 << 20, 8192)
+    assert lazy["lr"] == 0.1
+    assert backend.read_size == before
+    assert np.array_equal(w[17, ::3], state["w"][17, ::3])
+    assert np.array_equal(np.asarray(lazy["small"]), state["small"])
+    with pytest.raises(ValueError, match="makes a copy"):
+        np.asarray(w, copy=False)
+    with pytest.raises(InvalidInputError, match="index of 'w': 9000 is out of range"):
+        w[9000]
+
+
+def test_a_lazy_array_of_a_step_that_was_forgotten_and_collected_is_an_error():
+    backend = saved({"w": np.random.default_rng(0).standard_normal(100_000)})
+    run = opened(backend)
+    lazy = run.load(lazy=True)["w"]
+    run.save({"w": 0}, step=2)
+    run.forget([1])
+    for entry in list(backend.list("packs/")):
+        backend.delete(entry.name)
+    with pytest.raises(NotFoundError, match="was forgotten while it was read"):
+        lazy[0]
+
+
+def test_a_damaged_chunk_is_told_by_the_part_that_needs_it():
+    backend = saved({"w": np.random.default_rng(0).standard_normal((400, 10_000))})
+    (entry,) = backend.list("packs/")
+    data = bytearray(backend.read(entry.name))
+    data[5_000_000:5_000_010] = bytes(10)
+    backend.delete(entry.name)
+    backend.create_once(entry.name, bytes(data))
+    run, n_bad = opened(backend), 0
+    for i in range(400):
+        try:
+            run.read(1, "w", i)
+        except CorruptError as error:
+            n_bad += 1
+            assert "run 'main' step 1: tensor 'w'" in error.message  # noqa: PT017
+    assert 0 < n_bad < 15
+
+
+def test_views_of_one_memory_can_be_read_in_part():
+    flat = np.arange(1000, dtype=np.int32)
+    backend = saved({"t": flat[:600].reshape(20, 30).T, "flat": flat, "big": np.arange(5, dtype=">i8")})
+    assert delta.read(backend, "latest", "t", (3, slice(2, 6))).tolist() == flat[63:183:30].tolist()
+    assert delta.read(backend, 1, "big", slice(None, None, -2)).tolist() == [4, 2, 0]
+    assert delta.read(backend, 1, "big").dtype == np.dtype(">i8")
+
+
+def test_a_view_that_reaches_out_of_its_tensor_is_refused_before_anything_is_read():
+    backend = saved({"a": np.zeros((3, 3)).T})
+    run = opened(backend)
+    manifest = run.manifest()
+    manifest.structure["map"]["a"]["view"]["offset"] = 8
+    from deltackpt import loader
+
+    for call in (
+        lambda: loader.load(run.store, manifest),
+        lambda: loader.load(run.store, manifest, lazy=True),
+        lambda: loader.load(run.store, manifest, into={"a": np.zeros((3, 3))}),
+        lambda: loader.read(run.store, manifest, "a"),
+    ):
+        with pytest.raises(FormatError, match=r"state\['a'\]: found bytes 8 to 80 of a tensor of 72"):
+            call()
+    assert isinstance(manifest, Manifest)
+
+
+def test_into_need_not_be_complete_if_it_is_not_strict():
+    state = {"model": {"w": np.ones(3), "b": np.ones(2)}, "step": 7, "c": Config(lr=Point(np.ones(1), 2))}
+    backend = saved(state)
+    into = {"model": {"w": np.zeros(3), "new": np.zeros(9)}}
+    with pytest.raises(InvalidInputError) as caught:
+        delta.load(backend, into=into)
+    assert [line.split(":")[0].strip() for line in caught.value.message.splitlines()[1:]] == [
+        "into['model']['b']",
+        "into['c']['lr']['x']",
+        "into['model']['new']",
+    ]
+    back = delta.load(backend, into=into, strict=False)
+    assert into["model"]["w"].tolist() == [1, 1, 1]
+    assert into["model"]["new"].tolist() == [0] * 9
+    assert back["model"] == {"w": into["model"]["w"]}
+    assert back["step"] == 7
+    with pytest.raises(InvalidInputError, match=r"into\['model'\]\['w'\]: found float64 \(4,\)"):
+        delta.load(backend, into={"model": {"w": np.zeros(4)}}, strict=False)
+
+
+def test_two_ways_of_loading_at_once_are_refused():
+    backend = saved({"w": np.zeros(1)})
+    for more in ({"lazy": True}, {"map": "cpu"}):
+        with pytest.raises(InvalidInputError, match="found both into and"):
+            delta.load(backend, into={"w": np.zeros(1)}, **more)
+
+
+@needs_torch
+def test_tensors_go_where_the_map_says_and_stay_tied():
+    w = torch.randn(4, 3)
+    state = {"w": w, "tied": w.t(), "p": torch.nn.Parameter(torch.ones(2)), "n": np.zeros(2)}
+    backend = saved(state)
+    back = delta.load(backend, map="meta")  # the one device besides the CPU that every machine has
+    assert [back[k].device.type for k in ("w", "tied", "p")] == ["meta"] * 3
+    assert type(back["p"]) is torch.nn.Parameter
+    assert type(back["n"]) is np.ndarray
+    assert back["tied"].stride() == (1, 3)
+    chosen = []
+    back = delta.load(backend, map=lambda name, device: chosen.append((name, device)) or "cpu")
+    assert chosen == [("w", "cpu"), ("p", "cpu")]
+    assert picture(back) == picture(state)
+    assert delta.load(backend, map={"cpu": "meta"})["w"].is_meta
+    assert delta.load(backend, map={"cuda:0": "meta"})["w"].is_cpu
+    assert delta.read(backend, 1, "w", 0, map="meta").is_meta
+    assert delta.load(backend, lazy=True, map="meta")["w"][0].is_meta
+
+
+@needs_torch
+def test_a_device_that_is_not_there_is_named():
+    backend = saved({"w": torch.zeros(1)})
+    with pytest.raises(InvalidInputError, match="map: cannot place 'w' on 'nonsense'"):
+        delta.load(backend, map="nonsense")
+
+
+@needs_torch
+def test_pickles_are_loaded_only_by_who_says_so(tmp_path):
+    with pytest.raises(InvalidInputError, match=r"state\['s'\]"):
+        delta.save({"s": {1, 2}}, tmp_path, step=1)
+    delta.save({"s": {1, 2}, "w": torch.zeros(2)}, tmp_path, step=1, allow_pickle=True)
+    with pytest.raises(InvalidInputError, match="was pickled"):
+        delta.load(tmp_path)
+    assert delta.load(tmp_path, allow_pickle=True)["s"] == {1, 2}
+    assert delta.load(tmp_path, keys="w")["w"].tolist() == [0, 0]

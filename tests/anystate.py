@@ -73,7 +73,7 @@ def random_bytes(size: int, seed: int, dtype: str = "uint8") -> np.ndarray:
 @st.composite
 def plain_arrays(draw):
     """One array in C order, of any dtype."""
-    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    shape = tuple(draw(st.lists(st.sampled_from([2, 3, 1, 4, 0]), max_size=3)))
     seed = draw(st.integers(0, 9))
     kind = draw(st.sampled_from([("numpy", n) for n in NUMPY] + [("torch", n) for n in PRINTED] + SPELLED))
     if isinstance(kind, tuple):
@@ -100,7 +100,7 @@ def views(draw):
     """Several arrays over the same memory, or over none of each other's."""
     base = draw(plain_arrays())
     found = [base]
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(draw(st.integers(0, 4))):
         x = draw(st.sampled_from(found))
         how = draw(st.sampled_from(["same", "transpose", "slice", "expand", "flat", "dtype", "grad", "copy"]))
         if how == "same":
@@ -176,8 +176,9 @@ def attributed(items: dict) -> OrderedDict:
 def states(draw):
     """Any state: some memory, and a nesting of views of it and of everything else."""
     pool = [x for group in draw(st.lists(views(), max_size=3)) for x in group]
+    together = draw(st.permutations(pool)) if pool and draw(st.booleans()) else []
     leaf = [SCALARS, LONG, st.sampled_from(FOREIGN)] + ([st.sampled_from(pool)] * 4 if pool else [])
-    return draw(
+    nested = draw(
         st.recursive(
             st.one_of(leaf),
             lambda inner: st.one_of(
@@ -197,6 +198,7 @@ def states(draw):
             max_leaves=12,
         )
     )
+    return [nested, together] if together else nested
 
 
 def _counter(items: dict) -> Counter:
@@ -218,7 +220,8 @@ def _picture(x: Any, arrays: list[Any]) -> Any:
         facts = look(x)
         layout = facts.layout
         # What is cut out of something larger keeps the order of its axes, and not the gaps.
-        strides = layout.strides if layout.narrowed().is_solid() else layout.order()
+        strides = layout.strides if layout.narrowed().is_solid() else layout.narrowed().packed().strides
+        strides = tuple(0 if old == 0 else new for old, new in zip(layout.strides, strides, strict=True))
         grads = facts.parameter, facts.requires_grad
         return facts.framework, facts.dtype, layout.shape, strides, grads, bytes_of(x)
     if isinstance(x, np.generic):

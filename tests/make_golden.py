@@ -1,4 +1,4 @@
-"""Write a golden store: ``python tests/make_golden.py`` makes tests/golden/v1, which must not be there.
+"""Write golden stores: ``python tests/make_golden.py NAME`` makes tests/golden/NAME, which must not be there.
 
 Read tests/golden/README.md first: golden stores are added, never regenerated, once released.
 """
@@ -10,12 +10,15 @@ import itertools
 import json
 import shutil
 import sys
-from collections import OrderedDict
-from contextlib import ExitStack
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 import zstandard
 
@@ -56,6 +59,25 @@ V1_DTYPES = [
     "float8_e5m2",
 ]
 _NOT_IN_NUMPY = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
+#: Those that came with views, and those of them that ml_dtypes 0.5 does not have.
+NEW_DTYPES = [
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "float8_e4m3",
+    "float8_e4m3b11fnuz",
+    "float8_e3m4",
+    "float6_e2m3fn",
+    "float6_e3m2fn",
+    "float4_e2m1fn",
+    "float4_e2m1fn_x2",
+    "int4",
+    "uint4",
+    "int2",
+    "uint2",
+    "complex32",
+]
+ONLY_TORCH = ["float4_e2m1fn_x2", "complex32"]
 
 
 def noise(size: int, seed: int) -> np.ndarray:
@@ -124,6 +146,86 @@ def torch_state() -> dict[str, Any]:
     }
 
 
+class Place(NamedTuple):
+    """A namedtuple of the user's."""
+
+    x: Any
+    y: Any
+
+
+@dataclass
+class Config:
+    """A dataclass of the user's."""
+
+    lr: float
+    place: Any
+
+
+def types_state() -> dict[str, Any]:
+    """A state with every tag, dtype and kind of view that v1 lacks, of NumPy alone."""
+    flat = weights(2000, 11)
+    table = noise(4 * 60, 12).view("<i4").reshape(6, 10)
+    attributed = OrderedDict(w=flat[:10])
+    attributed._metadata = OrderedDict({"": {"version": 2}})
+    ml = [name for name in NEW_DTYPES if name not in ONLY_TORCH]
+    return {
+        "flat": flat,
+        "w": flat[:600].reshape(20, 30).T,
+        "bits": flat[1000:1100].view("<u2"),
+        "repeated": np.broadcast_to(flat[50:60], (3, 10)),
+        "storage": {"left": table[:, :4], "right": table[:, 3:]},
+        "fortran": np.asfortranarray(noise(120, 13).reshape(2, 3, 20)),
+        "backwards": noise(40, 14).view("<i2")[::-1],
+        "cut": noise(400, 15).reshape(20, 20)[:, 3:7],
+        "dtypes": {name: noise(6 * DTYPE_SIZES[name], 16).view(getattr(ml_dtypes, name)) for name in ml},
+        "spelled": {
+            text: noise(48, 17).view(text) for text in (">f4", ">c8", "<M8[ns]", "<m8[25us]", "|S3", "|V8")
+        },
+        "text": np.array(["a", "snow \u2603"], "<U6"),
+        "scalars": [
+            np.float32(0.1),
+            np.int64(-5),
+            np.datetime64("2026-01-05", "D"),
+            np.str_("a\0"),
+            np.bytes_(b"\0"),
+        ],
+        "complex": [1j, complex(float("inf"), -0.0)],
+        "attributed": attributed,
+        "counter": Counter({30: 1, "x": 2}),
+        "place": Place(1, table[0]),
+        "config": Config(lr=3e-4, place=Place("a", None)),
+        "pickled": frozenset([7]),
+    }
+
+
+def types_torch_state() -> dict[str, Any]:
+    """What only torch has."""
+    import torch
+
+    w = torch.from_numpy(weights(240, 18))
+    images = torch.from_numpy(weights(96, 19)).reshape(1, 4, 3, 8).permute(0, 3, 1, 2)  # channels last
+    bits = {name: torch.from_numpy(noise(24, 20).copy()) for name in ONLY_TORCH}
+    return {
+        "parameter": torch.nn.Parameter(w[:100]),
+        "data": w,
+        "frozen": torch.nn.Parameter(w[200:], requires_grad=False),
+        "leaf": torch.from_numpy(weights(3, 21)).requires_grad_(),
+        "images": images,
+        "size": torch.Size([2, 3]),
+        "device": torch.device("cuda", 1),
+        "dtype": torch.bfloat16,
+        **{name: x.view(getattr(torch, name)) for name, x in bits.items()},
+    }
+
+
+def write_types(store: Store, *, with_torch: bool = True) -> None:
+    """Save what v1 lacks."""
+    with fixed():
+        Run(store, "main").save(types_state(), step=1, allow_pickle=True)
+        if with_torch:
+            Run(store, "torch").save(types_torch_state(), step=1)
+
+
 def make_store(backend: Backend) -> Store:
     """Make an empty store of small chunks and a fixed uuid."""
     backend.make_dirs(DIRS)
@@ -139,13 +241,20 @@ def make_store(backend: Backend) -> Store:
     return Store(backend)
 
 
-def write(store: Store, *, with_torch: bool = True) -> None:
-    """Save, overwrite, fence, forget and collect; the same bytes every time."""
+@contextmanager
+def fixed() -> Iterator[None]:
+    """Make clocks and random names the same every time."""
     sids = (hashlib.sha256(b"golden %d" % i).digest()[:16] for i in itertools.count())
     with ExitStack() as stack:
         stack.enter_context(mock.patch("secrets.token_bytes", side_effect=sids))
         stack.enter_context(mock.patch("time.time", return_value=1767225600.0))
         stack.enter_context(mock.patch("time.perf_counter", return_value=0.0))
+        yield
+
+
+def write(store: Store, *, with_torch: bool = True) -> None:
+    """Save, overwrite, fence, forget and collect; the same bytes every time."""
+    with fixed():
         run = Run(store, "main")
         for step in (1, 2, 3):
             run.save(state(step), step=step, metrics={"loss": 1 / step}, metadata={"lr": 3e-4})
@@ -189,13 +298,19 @@ def describe(store: Store) -> dict[str, Any]:
     return told
 
 
+#: What writes each golden store.
+WRITERS = {"v1": write, "v1-types": write_types}
+
+
 def main() -> None:
-    target = GOLDEN / f"v{VERSION}"
+    if len(sys.argv) != 2 or sys.argv[1] not in WRITERS:
+        sys.exit(f"usage: python tests/make_golden.py {'|'.join(WRITERS)}")
+    target = GOLDEN / sys.argv[1]
     if target.exists():
         sys.exit(f"{target} is there: golden stores are added, never regenerated (tests/golden/README.md)")
     try:
         store = make_store(LocalBackend(target / "store"))
-        write(store)
+        WRITERS[sys.argv[1]](store)
         expected = json.dumps(describe(store), indent=1, sort_keys=True)
         (target / "expected.json").write_text(expected + "\n")
     except BaseException:
@@ -206,4 +321,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As the tests import it: the classes above are stored under the module's name.
+    import make_golden
+
+    make_golden.main()

@@ -10,15 +10,18 @@ from typing import Any
 import make_golden
 import numpy as np
 import pytest
+from anystate import picture
 
 from deltackpt import gc
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
-from deltackpt.errors import CorruptError
+from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.records import Commit, Fence, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DIRS, Store
+from deltackpt.structure import TAGS
+from deltackpt.types import DTYPE_SIZES
 from deltackpt.verify import verify
 
 try:
@@ -84,6 +87,35 @@ def test_v1_loads_torch_tensors():
         assert same[0] == same[1]
 
 
+def test_every_golden_store_has_its_writer():
+    assert sorted(make_golden.WRITERS) == VERSIONS
+
+
+def test_v1_types_load_as_the_states_that_were_saved():
+    store, _ = opened("v1-types")
+    loaded = Run(store, "main").load(1, allow_pickle=True)
+    assert picture(loaded) == picture(make_golden.types_state())
+    with pytest.raises(InvalidInputError, match=r"state\['pickled'\]: was pickled"):
+        Run(store, "main").load(1)
+
+
+@pytest.mark.skipif(torch is None, reason="torch is not installed")
+def test_v1_types_load_torch_tensors_as_they_were():
+    store, _ = opened("v1-types")
+    assert picture(Run(store, "torch").load()) == picture(make_golden.types_torch_state())
+
+
+def test_v1_types_hold_every_tag_and_dtype_that_v1_lacks():
+    tags, dtypes_seen = set(), set()
+    for version in ("v1", "v1-types"):
+        _, expected = opened(version)
+        for step in (step for run in expected.values() for step in run.values()):
+            tags |= {tag for tag in TAGS if f'"{tag}": ' in json.dumps(step["structure"])}
+            dtypes_seen |= {tensor["dtype"] for tensor in step["tensors"].values()}
+    assert tags == set(TAGS)
+    assert dtypes_seen == set(DTYPE_SIZES)
+
+
 def test_v1_holds_what_its_readme_says():
     store, expected = opened("v1")
     rows = np.concatenate([segment.rows for segment in store.refresh(complete=True).segments])
@@ -99,10 +131,11 @@ def test_v1_holds_what_its_readme_says():
     assert size < 150_000
 
 
-def test_a_state_saved_anew_has_the_chunks_and_the_manifest_of_the_golden_store():
-    _, expected = opened("v1")
+@pytest.mark.parametrize("version", make_golden.WRITERS)
+def test_a_state_saved_anew_has_the_chunks_and_the_manifest_of_the_golden_store(version: str):
+    _, expected = opened(version)
     store = make_golden.make_store(MemoryBackend())
-    make_golden.write(store, with_torch=torch is not None)
+    make_golden.WRITERS[version](store, with_torch=torch is not None)
     assert make_golden.describe(store).items() <= expected.items()
 
 

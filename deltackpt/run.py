@@ -1,6 +1,7 @@
 """A run: the steps of one training job.
 
-Owns   saving, loading, listing and forgetting a run's steps; what this process remembers of the last one.
+Owns   saving, loading, listing, keeping and forgetting a run's steps; what this process
+       remembers of the last one.
 Never  touches storage but through its store.
 """
 
@@ -20,7 +21,13 @@ from typing import Any, Self
 from blake3 import blake3
 
 from deltackpt import restore, snapshot
-from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
+from deltackpt.errors import (
+    CorruptError,
+    FormatError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
 from deltackpt.manifest import Manifest
 from deltackpt.records import Commit, Figures, check_run, check_step
 from deltackpt.report import SaveReport
@@ -41,6 +48,15 @@ class Run:
     """A run of a store; a context manager.  Safe to share between threads: saves take turns.
 
     Use `open_run`.
+
+    Examples
+    --------
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> run = open_run(MemoryBackend())
+    >>> for step in (10, 20, 30):
+    ...     _ = run.save({"w": [0.5 * step]}, step=step)
+    >>> list(run), len(run), 20 in run, 25 in run
+    ([10, 20, 30], 3, True, False)
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -69,6 +85,22 @@ class Run:
         """Return the steps there are, in order."""
         return list(self.store.refs.steps(self.name))
 
+    def commits(self) -> list[Commit]:
+        """Return the records of the steps there are, in order."""
+        return list(self.store.refs.steps(self.name).values())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps())
+
+    def __len__(self) -> int:
+        return len(self.steps())
+
+    def __contains__(self, step: object) -> bool:
+        try:
+            return self.store.refs.slot(self.name, check_step(step))[1] is not None
+        except InvalidInputError:
+            return False
+
     def latest(self) -> int | None:
         """Return the highest step, None if there is none."""
         commit = self.store.refs.latest(self.name)
@@ -77,21 +109,56 @@ class Run:
     def commit(self, step: int | str = "latest") -> Commit:
         """Return the record of one step.
 
+        Parameters
+        ----------
+        step : int, "latest" or "latest-good"
+            latest-good: the newest step every chunk of which is there and decodes to its id; it is read
+            whole.  A warning is logged for each step passed over.
+
         Raises
         ------
         NotFoundError
             If there is no such step; names the nearest.
         """
+        return self._find(step)
+
+    def _find(self, step: int | str) -> Commit:
         if step == "latest":
             commit = self.store.refs.latest(self.name)
             if commit is None:
                 raise self.store.refs.unknown_step(self.name, None)
             return commit
+        if step == "latest-good":
+            return self._latest_good()
         if isinstance(step, str):
             raise InvalidInputError(
-                f"step: found {step!r}, expected an integer or 'latest'", hint="deltackpt ls"
+                f"step: found {step!r}, expected an integer, 'latest' or 'latest-good'", hint="deltackpt ls"
             )
         return self.store.refs.commit(self.name, check_step(step))
+
+    def _latest_good(self) -> Commit:
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        n_damaged = 0
+        for step in sorted({slot.step for slot in listing.slots if slot not in listing.gone}, reverse=True):
+            try:
+                _, commit = refs.slot(self.name, step)
+                if commit is None:
+                    continue  # only given up, or forgotten since the listing
+                with self.reading(commit):
+                    restore.check(self.store, read_manifest(self.store, commit).tensors)
+                return commit
+            except NotFoundError:
+                continue
+            except FormatError as e:
+                n_damaged += 1
+                log.warning("run %r step %d is not good: %s", self.name, step, e.message)
+        if not n_damaged:
+            raise refs.unknown_step(self.name, None)
+        raise NotFoundError(
+            f"run {self.name!r} has no good step; damaged or unreadable: {n_damaged}",
+            hint="run deltackpt verify",
+        )
 
     def forget(self, steps: Iterable[int]) -> None:
         """Make steps invisible; `gc` gives their space back.
@@ -100,14 +167,61 @@ class Run:
         ------
         NotFoundError
             If one is not there; then none is forgotten.
+        InvalidInputError
+            If one is pinned; then none is forgotten.
         """
         wanted = {check_step(step) for step in steps}
         self.store.prepare_to_write()
-        commits = self.store.refs.commits(self.name)
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        commits = refs.commits_of(listing)
         unknown = sorted(wanted - {commit.slot.step for commit in commits})
         if unknown:
-            raise self.store.refs.unknown_step(self.name, unknown[0])
-        self.store.refs.forget(commit for commit in commits if commit.slot.step in wanted)
+            raise refs.unknown_step(self.name, unknown[0])
+        for step in sorted(wanted & listing.pinned):
+            refs.check_unpinned(self.name, step)
+        refs.forget(commit for commit in commits if commit.slot.step in wanted)
+
+    # -- pins
+
+    def pin(self, step: int) -> None:
+        """Keep a step until it is unpinned, whatever the rules say; durable on return.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not there; names the nearest.
+
+        Examples
+        --------
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> _ = run.save({"w": [0.5]}, step=10)
+        >>> run.pin(10)
+        >>> run.pinned()
+        [10]
+        """
+        self.store.prepare_to_write()
+        self.store.refs.pin(self.name, check_step(step))
+
+    def unpin(self, step: int) -> None:
+        """Let a pinned step go when the rules do; durable on return.
+
+        If somebody forgot the step at the very moment it was pinned, it is forgotten from now on.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not there; names the nearest.
+        """
+        self.store.prepare_to_write()
+        self.store.refs.unpin(self.name, check_step(step))
+
+    def pinned(self) -> list[int]:
+        """Return the steps that are pinned, in order."""
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        return sorted(listing.pinned & {commit.slot.step for commit in refs.commits_of(listing)})
 
     # -- save
 
@@ -128,13 +242,14 @@ class Run:
             self._prepare()
             session = self._open(step, overwrite)
             try:
-                return self._save(session, state, metrics, metadata, start)
+                report = self._save(session, state, metrics, metadata, start)
             except StorageError as e:
                 if e.errno in _LASTING or session.deciding:
                     raise
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
-            return self._save(self._open(step, overwrite), state, metrics, metadata, start)
+                report = self._save(self._open(step, overwrite), state, metrics, metadata, start)
+            return report
 
     def _open(self, step: int, overwrite: bool) -> Session:
         return Session(self.store, self.name, step, overwrite=overwrite)
@@ -243,7 +358,7 @@ class Run:
 
     def manifest(self, step: int | str = "latest") -> Manifest:
         """Return what a step holds, without reading its tensors."""
-        commit = self.commit(step)
+        commit = self._find(step)
         with self.reading(commit):
             return read_manifest(self.store, commit)
 
@@ -256,6 +371,11 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     CorruptError
         If it is missing or not the one that was committed.
     """
+    return Manifest.from_bytes(read_manifest_bytes(store, commit), f"{store.url}/{commit.manifest_key}")
+
+
+def read_manifest_bytes(store: Store, commit: Commit) -> bytes:
+    """Read the file of a commit's manifest, as `read_manifest` does."""
     where = f"{store.url}/{commit.manifest_key}"
     try:
         data = store.backend.read(commit.manifest_key)
@@ -263,7 +383,7 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
         raise CorruptError(f"{where}: manifest is missing", hint="run deltackpt verify") from e
     if blake3(data).digest() != commit.manifest:
         raise CorruptError(f"{where}: {len(data)} bytes are not the manifest that was committed")
-    return Manifest.from_bytes(data, where)
+    return data
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:

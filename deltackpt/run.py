@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from blake3 import blake3
 from deltackpt import restore, snapshot
 from deltackpt.errors import (
     CorruptError,
+    DeltackptError,
     FormatError,
     InvalidInputError,
     NotFoundError,
@@ -31,6 +33,7 @@ from deltackpt.errors import (
 from deltackpt.manifest import Manifest
 from deltackpt.records import Commit, Figures, check_run, check_step
 from deltackpt.report import SaveReport
+from deltackpt.retention import Retention, Rule
 from deltackpt.session import Session
 from deltackpt.snapshot import Memory
 from deltackpt.store import Store, Where, open_store
@@ -59,9 +62,15 @@ class Run:
     ([10, 20, 30], 3, True, False)
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, *, keep: Rule | None = None) -> None:
+        if not isinstance(keep, Rule | None):
+            raise InvalidInputError(
+                f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
+            )
         self.store = store
         self.name = check_run(name)
+        self.keep = keep
+        self._resumed: int | None = None
         self._memory: Memory | None = None
         self._last_step: int | None = None
         self._lock = threading.Lock()
@@ -107,7 +116,7 @@ class Run:
         return commit.slot.step if commit else None
 
     def commit(self, step: int | str = "latest") -> Commit:
-        """Return the record of one step.
+        """Return the record of one step, from which a job that asks for it goes on: `keep` spares it.
 
         Parameters
         ----------
@@ -120,7 +129,9 @@ class Run:
         NotFoundError
             If there is no such step; names the nearest.
         """
-        return self._find(step)
+        commit = self._find(step)
+        self._resumed = commit.slot.step
+        return commit
 
     def _find(self, step: int | str) -> Commit:
         if step == "latest":
@@ -182,7 +193,7 @@ class Run:
             refs.check_unpinned(self.name, step)
         refs.forget(commit for commit in commits if commit.slot.step in wanted)
 
-    # -- pins
+    # -- which steps stay
 
     def pin(self, step: int) -> None:
         """Keep a step until it is unpinned, whatever the rules say; durable on return.
@@ -223,6 +234,60 @@ class Run:
         listing = refs.listing(self.name)
         return sorted(listing.pinned & {commit.slot.step for commit in refs.commits_of(listing)})
 
+    def retention(self, keep: Rule | None = None) -> Retention:
+        """Return which of the steps there are stay and which would go now, each with why.
+
+        Parameters
+        ----------
+        keep : Rule, optional
+            By default the run's own; if it has none, every step stays.
+
+        Examples
+        --------
+        >>> from deltackpt import last
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> for step in (10, 20, 30):
+        ...     _ = run.save({"w": [0.5]}, step=step)
+        >>> print(run.retention(last(2)))
+        step         why
+          10  goes   no rule keeps it
+          20  stays  last 2
+          30  stays  latest; last 2
+        """
+        return self._retention(keep or self.keep, None)[0]
+
+    def _retention(self, keep: Rule | None, saved: int | None) -> tuple[Retention, list[Commit]]:
+        """Return the fate of every step, and the commits it was decided by."""
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        commits = refs.commits_of(listing)
+        steps = {commit.slot.step: commit for commit in commits}
+        if keep is None:
+            why = dict.fromkeys(steps, "there are no rules")
+        else:
+            why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed, saved=saved)
+        return Retention.of(self.name, steps, why), commits
+
+    def _retained(self, report: SaveReport, start: float) -> SaveReport:
+        """Forget what no rule keeps, now that the step is durable; return the report of both."""
+        if self.keep is None:
+            return report
+        before = time.perf_counter()
+        goes: list[int] = []
+        try:
+            decided, commits = self._retention(self.keep, report.step)
+            going = set(decided.goes)
+            self.store.refs.forget(commit for commit in commits if commit.slot.step in going)
+            goes = decided.goes
+        except DeltackptError as e:
+            log.warning(
+                "run %r step %d is saved, but no step was forgotten: %s", self.name, report.step, e.message
+            )
+        end = time.perf_counter()
+        seconds = {**report.seconds, "retain": end - before}
+        return replace(report, seconds=seconds, total_s=end - start, forgotten=goes)
+
     # -- save
 
     def save(
@@ -249,7 +314,7 @@ class Run:
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
                 report = self._save(self._open(step, overwrite), state, metrics, metadata, start)
-            return report
+            return self._retained(report, start)
 
     def _open(self, step: int, overwrite: bool) -> Session:
         return Session(self.store, self.name, step, overwrite=overwrite)
@@ -314,6 +379,8 @@ class Run:
             if commit is None:
                 self.store.refs.check_new_run(self.name)
             else:
+                if self._resumed is None and self._last_step is None:
+                    self._resumed = commit.slot.step
                 self._last_step = commit.slot.step
                 memory = Memory.from_store(self.store, read_manifest(self.store, commit))
         except (CorruptError, NotFoundError) as e:
@@ -425,7 +492,7 @@ def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def open_run(store: Where, run: str = "main", *, create: bool = True) -> Run:
+def open_run(store: Where, run: str = "main", *, create: bool = True, keep: Rule | None = None) -> Run:
     """Open a run, and its store.
 
     Parameters
@@ -435,14 +502,25 @@ def open_run(store: Where, run: str = "main", *, create: bool = True) -> Run:
         1 to 128 of ``A-Z a-z 0-9 . _ -``.
     create : bool
         Make the store if there is none.
+    keep : Rule, optional
+        After each save, once it is durable, forget the steps that this does not keep; by default all stay.
+        What stays always: the step just saved, the latest, those pinned, and the one this job went on from:
+        which it loaded last, or else the latest when it first saved.
 
     Examples
     --------
+    >>> from deltackpt import best, every, last
     >>> from deltackpt.backends.memory import MemoryBackend
     >>> with open_run(MemoryBackend(), "exp1") as run:
     ...     _ = run.save({"w": [1.0, 2.0]}, step=10)
     ...     run.steps(), run.load(10)
     ([10], {'w': [1.0, 2.0]})
+
+    >>> with open_run(MemoryBackend(), keep=last(2) | every(100) | best("loss", 1)) as run:
+    ...     for step in range(100, 150, 10):
+    ...         report = run.save({"w": [1.0]}, step=step, metrics={"loss": abs(step - 115)})
+    ...     run.steps(), report.forgotten
+    ([100, 120, 130, 140], [])
     """
     check_run(run)
-    return Run(open_store(store, create=create), run)
+    return Run(open_store(store, create=create), run, keep=keep)

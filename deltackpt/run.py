@@ -1,7 +1,7 @@
 """A run: the steps of one training job.
 
-Owns   saving, loading, listing, keeping and forgetting a run's steps; what this process
-       remembers of the last one.
+Owns   saving, loading, listing, keeping and forgetting a run's steps, and forking it; what this
+       process remembers of the last one.
 Never  touches storage but through its store.
 """
 
@@ -23,6 +23,7 @@ from blake3 import blake3
 
 from deltackpt import restore, snapshot
 from deltackpt.errors import (
+    AlreadyExistsError,
     CorruptError,
     DeltackptError,
     FormatError,
@@ -30,8 +31,9 @@ from deltackpt.errors import (
     NotFoundError,
     StorageError,
 )
+from deltackpt.fork import take_over
 from deltackpt.manifest import Manifest
-from deltackpt.records import Commit, Figures, check_run, check_step
+from deltackpt.records import Commit, Figures, Origin, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Retention, Rule
 from deltackpt.session import Session
@@ -287,6 +289,69 @@ class Run:
         end = time.perf_counter()
         seconds = {**report.seconds, "retain": end - before}
         return replace(report, seconds=seconds, total_s=end - start, forgotten=goes)
+
+    # -- fork
+
+    def fork(self, name: str, *, step: int | str = "latest") -> Run:
+        """Begin a run with a step of this one: the same number, content, metrics and metadata.
+
+        No chunk is copied; the new run's steps stand on their own like any others.
+
+        Parameters
+        ----------
+        name : str
+            The new run.
+        step : int, "latest" or "latest-good"
+
+        Returns
+        -------
+        Run
+            The new run, open on the same store.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If a run of this name has steps.
+        NotFoundError
+            If there is no such step; names the nearest.
+        CorruptError
+            If what the step holds is damaged where it has to be read.
+
+        Examples
+        --------
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> _ = run.save({"w": [0.5]}, step=10)
+        >>> branch = run.fork("branch")
+        >>> branch.steps(), branch.load(), branch.commit().origin
+        ([10], {'w': [0.5]}, Origin(run='main', step=10))
+        """
+        branch = Run(self.store, name)
+        refs = self.store.refs
+        refs.check_new_run(name)
+        if refs.latest(name) is not None:
+            raise AlreadyExistsError(f"run {name!r} has steps already", hint="choose another name")
+        source = self._find(step)
+        with Session(self.store, name, source.slot.step) as session:
+            with self.reading(source):
+                data = read_manifest_bytes(self.store, source)
+                take_over(session, Manifest.from_bytes(data, source.manifest_key))
+            session.publish(data)
+            session.commit(
+                data,
+                parent=None,
+                metrics=source.metrics,
+                metadata=source.metadata,
+                figures=replace(
+                    source.figures,
+                    new_size=session.new_size,
+                    n_new_chunks=session.n_new_chunks,
+                    written_size=session.written_size,
+                    seconds={},
+                ),
+                origin=Origin(self.name, source.slot.step),
+            )
+        return branch
 
     # -- save
 

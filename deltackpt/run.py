@@ -1,6 +1,6 @@
 """A run: the steps of one training job.
 
-Owns   saving, loading, listing, keeping and forgetting a run's steps, and forking it; what this
+Owns   saving, loading, listing, keeping, forgetting and comparing a run's steps, and forking it; what this
        process remembers of the last one.
 Never  touches storage but through its store.
 """
@@ -21,7 +21,8 @@ from typing import Any, Self
 
 from blake3 import blake3
 
-from deltackpt import restore, snapshot
+from deltackpt import diff, restore, snapshot
+from deltackpt.diff import Diff, Side
 from deltackpt.errors import (
     AlreadyExistsError,
     CorruptError,
@@ -290,7 +291,7 @@ class Run:
         seconds = {**report.seconds, "retain": end - before}
         return replace(report, seconds=seconds, total_s=end - start, forgotten=goes)
 
-    # -- fork
+    # -- fork and compare
 
     def fork(self, name: str, *, step: int | str = "latest") -> Run:
         """Begin a run with a step of this one: the same number, content, metrics and metadata.
@@ -352,6 +353,44 @@ class Run:
                 origin=Origin(self.name, source.slot.step),
             )
         return branch
+
+    def diff(self, a: int | str, b: int | str, *, other: Run | None = None) -> Diff:
+        """Return what differs between two steps, tensor by tensor and value by value.
+
+        Reads their manifests and lists of chunks, no tensor.
+
+        Parameters
+        ----------
+        a, b : int, "latest" or "latest-good"
+        other : Run, optional
+            The run that `b` is of, in this store or another; by default this one.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such step; names the nearest.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> for step in (10, 20):
+        ...     _ = run.save({"w": np.full(3, step), "frozen": np.ones(5), "lr": 1 / step}, step=step)
+        >>> print(run.diff(10, 20))
+        main step 10 -> main step 20
+        changed  w   24 B of 24 B, 1 of 1 chunks
+        value    lr  0.1 -> 0.05
+        1 same, 1 changed, 0 added, 0 removed, 0 retyped; 24 B of 64 B differ
+        """
+        return diff.compare(self._side(a), (other or self)._side(b))
+
+    def _side(self, step: int | str) -> Side:
+        commit = self._find(step)
+        with self.reading(commit):
+            manifest = read_manifest(self.store, commit)
+            label = f"{self.name} step {commit.slot.step}"
+            return Side(label, manifest, restore.resolve(self.store, manifest.tensors))
 
     # -- save
 

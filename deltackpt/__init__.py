@@ -24,6 +24,7 @@ from deltackpt.errors import (
 )
 from deltackpt.loader import LazyArray
 from deltackpt.report import SaveReport
+from deltackpt.retention import best, every, every_seconds, last, these
 from deltackpt.run import Run, open_run
 from deltackpt.store import Store, open_store
 
@@ -44,10 +45,15 @@ __all__ = [
     "StorageError",
     "Store",
     "UnsupportedVersionError",
+    "best",
     "delta",
+    "every",
+    "every_seconds",
+    "last",
     "load",
     "open_run",
     "open_store",
     "read",
     "save",
+    "these",
 ]

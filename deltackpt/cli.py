@@ -17,15 +17,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import deltackpt
-from deltackpt import delta, overview, retention
+from deltackpt import best, delta, every, last, overview
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError, StorageError
 from deltackpt.report import human_size, human_time
+from deltackpt.retention import Retention, Rule
 from deltackpt.run import open_run
 from deltackpt.store import DESCRIPTOR, open_store
 
@@ -112,9 +115,9 @@ def _metrics(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
     return metrics
 
 
-def _best(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[retention.Best]:
+def _best(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[Rule]:
     try:
-        return [retention.Best.parse(value) for value in values]
+        return [best.parse(value) for value in values]
     except InvalidInputError as e:
         raise click.BadParameter(e.message, ctx, param) from e
 
@@ -404,13 +407,15 @@ def show(store: Path, step: int | str, run: str, as_json: bool) -> None:
 @cli.command(short_help="Forget steps, by name or by rules of what to keep.")
 @_run_option
 @click.option("--step", "steps", type=int, multiple=True, metavar="N", help="Forget this step; repeatable.")
-@click.option("--keep-last", "last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps.")
 @click.option(
-    "--keep-every", "every", type=click.IntRange(min=1), metavar="N", help="Keep the multiples of N."
+    "--keep-last", "n_last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps."
+)
+@click.option(
+    "--keep-every", "n_every", type=click.IntRange(min=1), metavar="N", help="Keep the multiples of N."
 )
 @click.option(
     "--keep-best",
-    "best",
+    "bests",
     multiple=True,
     callback=_best,
     metavar="METRIC:N",
@@ -423,9 +428,9 @@ def forget(
     store: Path,
     run: str,
     steps: Sequence[int],
-    last: int | None,
-    every: int | None,
-    best: Sequence[retention.Best],
+    n_last: int | None,
+    n_every: int | None,
+    bests: Sequence[Rule],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -439,22 +444,25 @@ def forget(
       deltackpt forget --step 1000 --step 2000
       deltackpt forget --keep-last 3 --keep-every 10000 --keep-best loss:2 --dry-run
     """
-    rules = last is not None or every is not None or bool(best)
-    if rules == bool(steps):
+    rules = [*([last(n_last)] if n_last else []), *([every(n_every)] if n_every else []), *bests]
+    if bool(rules) == bool(steps):
         raise click.UsageError("give either --step or --keep rules")
     with open_run(store, run, create=False) as opened:
-        metrics = {c.slot.step: c.metrics for c in overview.commits(opened.store, run)}
+        commits = {c.slot.step: c for c in overview.commits(opened.store, run)}
         if rules:
-            stay = retention.decide(metrics, last=last, every=every, best=best)
+            rule = reduce(or_, rules)
+            rule.check(commits)
+            decided = opened.retention(rule)
         else:
-            stay = retention.all_but(metrics, [opened.commit(step).slot.step for step in steps])
+            going = {opened.commit(step).slot.step for step in steps}
+            stay = dict.fromkeys(commits.keys() - going, "not named")
+            decided = Retention.of(run, commits, stay, "named")
         if not dry_run:
-            opened.forget(metrics.keys() - stay.keys())
-    why_not = "no rule keeps it" if rules else "named"
-    lines = [{"step": s, "stays": s in stay, "why": stay.get(s, why_not)} for s in metrics]
+            opened.forget(decided.goes)
     goes = "would go" if dry_run else "forgotten"
-    rows = [(str(line["step"]), "stays" if line["stays"] else goes, str(line["why"])) for line in lines]
-    _print(_table((">step", "", "why"), rows), {"run": run, "dry_run": dry_run, "steps": lines}, as_json)
+    rows = [(str(row.step), "stays" if row.stays else goes, row.why) for row in decided.rows]
+    data = {"run": run, "dry_run": dry_run, "steps": decided.to_json()["steps"]}
+    _print(_table((">step", "", "why"), rows), data, as_json)
 
 
 @cli.command(short_help="Give back the space that no step needs.")

@@ -51,6 +51,27 @@ def leaf_names(structure: Json, tensor_names: Sequence[str]) -> list[str]:
 
 
 @no_recursion_error(FormatError)
+def plain_leaves(structure: Json, tensor_names: Sequence[str]) -> dict[str, Json]:
+    """Return what is no tensor, by name: scalars and empty containers, as the structure has them.
+
+    Examples
+    --------
+    >>> plain_leaves({"map": {"w": {"tensor": 0}, "betas": {"tuple": [0.9, 0.99]}}}, ["w"])
+    {'betas.0': 0.9, 'betas.1': 0.99}
+    """
+    found: dict[str, Json] = {}
+    for path, node in _walk(structure):
+        if leaf(node, len(tensor_names), path) is None:
+            called = first = name(path)
+            n = 1
+            while called in found:  # keys may hold dots themselves
+                n += 1
+                called = f"{first}#{n}"
+            found[called] = node
+    return found
+
+
+@no_recursion_error(FormatError)
 def named(structure: Json, n_tensors: int) -> list[Leaf]:
     """List the leaves that name tensors, in the state's order.
 

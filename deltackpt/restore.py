@@ -7,6 +7,7 @@ Never  writes, or knows about states, steps and runs.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from deltackpt.errors import CorruptError
 from deltackpt.format import LIST_ROW
 from deltackpt.layout import Layout, touched
 from deltackpt.manifest import TensorRow, list_from_bytes
+from deltackpt.scratch import Scratch
 from deltackpt.store import Store, n_threads, workers
 from deltackpt.types import U8
 
@@ -188,6 +190,45 @@ def _read_all(
             window.submit(some, order[first:stop].tolist())
     finally:
         window.finish()
+
+
+def check(store: Store, rows: Sequence[TensorRow]) -> None:
+    """Decode every chunk of some tensors, in threads, and keep none of it; each against its id.
+
+    Raises
+    ------
+    CorruptError
+        If one is missing or damaged; names the tensor, the chunk and its pack.
+    """
+    tables = resolve(store, rows)
+    chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
+    owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
+    _, at = np.unique(chunks["id"], axis=0, return_index=True)  # what tensors share is read once
+    ids, owners, sizes = np.ascontiguousarray(chunks["id"][at]), owners[at], chunks["size"][at].astype(int)
+    found = store.find(ids)
+    order = np.lexsort((found["offset"], found["pack"]))
+    window: _Window[None] = _Window(4 * n_threads())
+
+    def some(numbers: list[int]) -> None:
+        for i in numbers:
+            with _naming(rows[owners[i]]):
+                store.read_into(ids[i].tobytes(), found[i], _decoded.scratch.of(int(sizes[i])))
+
+    try:
+        for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
+            window.submit(some, order[first:stop].tolist())
+    finally:
+        window.finish()
+
+
+class _Decoded(threading.local):
+    """What each thread decodes into when nobody wants the bytes."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_decoded = _Decoded()
 
 
 class _Window(Generic[R]):

@@ -24,10 +24,12 @@ from deltackpt.chunking import Chunker
 from deltackpt.errors import CorruptError, FormatError, UnsupportedVersionError
 from deltackpt.format import LAYOUTS, LIST_HEADER, PACK_HEADER, TABLES, load_json, seal, unseal
 from deltackpt.records import Commit, Figures, Slot
+from deltackpt.retention import these
 from deltackpt.run import open_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDENS = Path(__file__).parent / "golden"
+GOLDEN = GOLDENS / "v1"
 TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 
 
@@ -183,13 +185,14 @@ def reader() -> dict[str, Any]:
     return space
 
 
-def test_the_pages_reader_reads_the_golden_store():
-    expected = json.loads((GOLDEN / "expected.json").read_text())
+@pytest.mark.parametrize("golden", sorted(p for p in GOLDENS.iterdir() if p.is_dir()), ids=lambda p: p.name)
+def test_the_pages_reader_reads_the_golden_stores(golden: Path):
+    expected = json.loads((golden / "expected.json").read_text())
     space = reader()
     for run, steps in expected.items():
-        assert {str(step) for step in space["commits"](str(GOLDEN / "store"), run)} == set(steps)
+        assert {str(step) for step in space["commits"](str(golden / "store"), run)} == set(steps)
         for step, told in steps.items():
-            structure, tensors = space["load"](str(GOLDEN / "store"), run, int(step))
+            structure, tensors = space["load"](str(golden / "store"), run, int(step))
             assert structure == told["structure"]
             found = {name: hashlib.sha256(data).hexdigest() for name, (_, _, data) in tensors.items()}
             assert found == {name: t["sha256"] for name, t in told["tensors"].items()}
@@ -280,11 +283,16 @@ def test_a_save_flushes_as_often_as_the_page_says(tmp_path: Path):
         run.save({"w": np.full(1000, value)}, step=step, **options)
         return calls.n_fsyncs - before
 
+    def cost_with_a_rule() -> int:
+        run.keep = these([1, 2, 3])
+        return cost(3, 5)
+
     assert {
         "the first save of a process into a run, new chunks": cost(1, 2),
         "nothing new in it": cost(1, 3),
         "new chunks, in one pack of up to 128 MiB": cost(2, 4),
         "new chunks, superseding a step": cost(3, 4, overwrite=True),
+        "nothing new in it, and a rule lets one step go": cost_with_a_rule(),
     } == told
 
 

@@ -143,7 +143,7 @@ def _layout(row: TensorRow, view: View) -> Layout:
 
 
 def _row(row: TensorRow, leaf: Leaf) -> Row:
-    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view).shape)
+    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view))
 
 
 def _check_inside(row: TensorRow, leaf: Leaf) -> None:
@@ -293,8 +293,8 @@ def _lazy_array(
         with reading():
             return _read_part(store, row, leaf, index, device_map)
 
-    facts = _row(row, leaf)
-    return LazyArray(name(leaf.path), facts.dtype, facts.shape, _layout(row, leaf.view).size, get)
+    _, dtype, layout = _row(row, leaf)
+    return LazyArray(name(leaf.path), dtype, layout.shape, layout.size, get)
 
 
 def _read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:

@@ -15,7 +15,7 @@ import click
 
 from deltackpt.cli.group import cli
 from deltackpt.cli.options import complete_keys, metric_values, output_options, run_option, step_option
-from deltackpt.cli.printing import progress, tell
+from deltackpt.cli.printing import answer, progress, tell
 from deltackpt.report import human_size, human_time
 from deltackpt.run import open_run
 
@@ -88,7 +88,7 @@ def save(
     if dry_run:
         lines = [f"{path}: {run} step {s}" for path, s in steps.items()]
         told = [{"path": str(path), "step": s} for path, s in steps.items()]
-        tell("\n".join(lines), {"run": run, "dry_run": True, "steps": told}, as_json)
+        answer("\n".join(lines), {"run": run, "dry_run": True, "steps": told}, as_json)
         return
     start, done = time.perf_counter(), []
     with progress("saving") as told_progress:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,6 +55,7 @@ class Group(click.Group):
             _drop_output()
             raise click.exceptions.Exit(EXIT_PIPE_CLOSED) from None
         except OSError as e:
+            _drop_output()
             raise Failure(StorageError(f"output: {e.strerror or e}", errno=e.errno)) from e
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
@@ -61,19 +63,31 @@ class Group(click.Group):
 
 def _drop_output() -> None:
     """Let what stdout still holds go nowhere, so that the interpreter can close it without an error."""
-    stdout = sys.__stdout__
-    if stdout is not None and stdout is sys.stdout:  # a test's own is the test's to close
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stdout.fileno())
-        os.close(null)
+    if sys.stdout is not None:
+        with suppress(io.UnsupportedOperation):  # a buffer in memory, as in tests
+            stdout, null = sys.stdout.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stdout)
+            os.close(null)
+
+
+def _whole(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a stream that writes all it is given or raises, and can write every name."""
+    binary, encoding = stream.buffer, stream.encoding
+    if isinstance(binary, io.RawIOBase):
+        # PYTHONUNBUFFERED: a full disk or a closed pipe may take half of a text, and nobody would know.
+        stream.detach()
+        stream = io.TextIOWrapper(io.BufferedWriter(binary), encoding, line_buffering=True)
+    stream.reconfigure(errors="backslashreplace")  # a name must not be too exotic to be listed
+    return stream
 
 
 def main() -> None:
     """Run the command, as ``deltackpt`` and as ``python -m deltackpt``."""
     logging.basicConfig(handlers=[Notes()])
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name must not be too exotic to be listed
+            setattr(sys, name, _whole(stream))
     try:
         cli(prog_name="deltackpt")
     except KeyboardInterrupt:  # while arguments were parsed

@@ -23,6 +23,7 @@ from deltackpt.errors import (
     UnsupportedVersionError,
 )
 from deltackpt.report import SaveReport
+from deltackpt.retention import best, every, every_seconds, last, these
 from deltackpt.run import Run, open_run
 from deltackpt.store import Store, open_store
 
@@ -42,9 +43,14 @@ __all__ = [
     "StorageError",
     "Store",
     "UnsupportedVersionError",
+    "best",
     "delta",
+    "every",
+    "every_seconds",
+    "last",
     "load",
     "open_run",
     "open_store",
     "save",
+    "these",
 ]

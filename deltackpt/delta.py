@@ -101,7 +101,8 @@ def load(
     Parameters
     ----------
     store : path, Backend or Store
-    step : int or "latest"
+    step : int, "latest" or "latest-good"
+        latest-good: the newest step every chunk of which is there and decodes to its id.
     run : str
     keys : str or list of str, optional
         Load only what these names or shell patterns match, as in ``"model.*"``; nothing else is read.

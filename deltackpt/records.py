@@ -19,6 +19,7 @@ from deltackpt.pack import PackName
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SLOT = re.compile(r"refs/([^/]+)/(0|[1-9][0-9]{0,18})\.([1-9][0-9]{0,8})")
+_PIN = re.compile(r"(refs/[^/]+/[0-9]+)\.pin-([1-9][0-9]{0,8})")
 _SESSION = re.compile(r"sessions/([0-9a-f]{32})\.(0|[1-9][0-9]{0,8})\.([0-9]{1,9})\.([0-9]{1,19})\.([^/]+)")
 _GC = re.compile(r"gc/(condemn|sweep)-(0|[1-9][0-9]{0,8})")
 _OWNED = re.compile(r"manifests/([0-9a-f]{32})\.man|index/([0-9a-f]{32})\.idx")
@@ -26,6 +27,7 @@ STEP_MAX = (1 << 63) - 1
 #: Where gc's own sessions decide; no run can have this name.
 GC_RUN = "~gc"
 GONE = ".gone"
+PIN = ".pin-"
 
 
 def is_run(name: str) -> bool:
@@ -133,6 +135,14 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The step that a run was forked from: said to people, followed by nobody."""
+
+    run: str
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """The decision that makes a step visible.
 
@@ -146,10 +156,12 @@ class Commit:
     parent : int or None
         The run's step before it when it was saved.
     created_s : float
-        Seconds since 1970 by the writer's clock; shown, never compared.
+        Seconds since 1970 by the writer's clock; shown, and what `retention.every_seconds` goes by.
     metrics, metadata : dict
         The user's.
     figures : Figures
+    origin : Origin or None
+        What the run was forked from, in its first step.
     """
 
     slot: Slot
@@ -160,6 +172,7 @@ class Commit:
     metrics: dict[str, float]
     metadata: dict[str, Any]
     figures: Figures
+    origin: Origin | None = None
 
     @property
     def manifest_key(self) -> str:
@@ -168,6 +181,7 @@ class Commit:
 
     def to_bytes(self) -> bytes:
         """Return the record's bytes."""
+        origin = {"origin": asdict(self.origin)} if self.origin else {}
         return seal(
             {
                 "kind": "commit",
@@ -182,6 +196,7 @@ class Commit:
                 "metrics": self.metrics,
                 "metadata": self.metadata,
                 "figures": asdict(self.figures),
+                **origin,
             }
         )
 
@@ -242,6 +257,7 @@ def decision_from_bytes(data: bytes, slot: Slot) -> Commit | Fence:
             metrics,
             metadata,
             figures,
+            _origin(body.get("origin")),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise CorruptError(f"{where}: not a decision: {e!r}") from e
@@ -261,6 +277,15 @@ def _figures(body: Any) -> Figures:
     if not isinstance(seconds, dict) or not all(map(_is_number, [*counts, *seconds.values()])):
         raise ValueError("a figure is of the wrong type")
     return figures
+
+
+def _origin(body: Any) -> Origin | None:
+    if body is None:
+        return None
+    origin = Origin(body["run"], body["step"])
+    if not isinstance(origin.run, str) or type(origin.step) is not int:
+        raise ValueError("origin is of the wrong type")
+    return origin
 
 
 def _hex(text: Any, size: int) -> bytes:
@@ -291,6 +316,43 @@ def tombstone(slot: Slot) -> tuple[str, bytes]:
     return slot.key + GONE, seal(
         {"kind": "gone", "run": slot.run, "step": slot.step, "attempt": slot.attempt}
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The `n`-th record about keeping a step: odd ones pin it, even ones unpin it.
+
+    Examples
+    --------
+    >>> Pin("main", 1000, 1).key, Pin("main", 1000, 2).pins
+    ('refs/main/1000.pin-1', False)
+    """
+
+    run: str
+    step: int
+    n: int
+
+    @property
+    def key(self) -> str:
+        """Name in the store."""
+        return f"refs/{self.run}/{self.step}{PIN}{self.n}"
+
+    @property
+    def pins(self) -> bool:
+        """Whether the step is pinned as long as no later record is there."""
+        return self.n % 2 == 1
+
+    @classmethod
+    def from_key(cls, key: str) -> Pin | None:
+        """Parse a name in the store; None if it is not a pin's."""
+        m = _PIN.fullmatch(key)
+        slot = Slot.from_key(f"{m[1]}.1") if m else None
+        return cls(slot.run, slot.step, int(m[2])) if m and slot else None
+
+    def to_bytes(self) -> bytes:
+        """Return the record's bytes."""
+        kind = "pin" if self.pins else "unpin"
+        return seal({"kind": kind, "run": self.run, "step": self.step, "n": self.n})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Refs: which steps a store has, by the decisions in it.
 
-Owns   listing runs and steps, reading decisions, deciding a slot, forgetting.
+Owns   listing runs and steps, reading decisions, deciding a slot, forgetting, pinning.
 Never  moves a pointer: the latest step is derived from the commits there are.
 """
 
@@ -8,24 +8,42 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deltackpt.backends import Backend
-from deltackpt.errors import ConflictError, InvalidInputError, NotFoundError
-from deltackpt.records import GONE, Commit, Fence, Slot, check_run, decision_from_bytes, is_run, tombstone
+from deltackpt.errors import ConflictError, FormatError, InvalidInputError, NotFoundError
+from deltackpt.records import (
+    GONE,
+    PIN,
+    Commit,
+    Fence,
+    Pin,
+    Slot,
+    check_run,
+    decision_from_bytes,
+    is_run,
+    tombstone,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A run's slots, those of them that are forgotten, and those that have a tombstone.
+    """A run's slots, those of them that are forgotten, those that have a tombstone, and the pins.
 
     A tombstone forgets the older attempts at its step too: else one that a crash kept from having its own
-    would come back.
+    would come back.  While a step is pinned its newest commit is not forgotten, tombstone or not.
     """
 
     slots: list[Slot]
     gone: frozenset[Slot]
     tombstones: frozenset[Slot]
+    pins: list[Pin]
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """The steps that are pinned."""
+        newest = {pin.step: pin for pin in self.pins}  # they are in order
+        return frozenset(step for step, pin in newest.items() if pin.pins)
 
 
 class Refs:
@@ -34,6 +52,7 @@ class Refs:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._known: dict[Slot, Commit | Fence] = {}
+        self._tombstones: frozenset[Slot] = frozenset()  # those seen; replaced, never changed
 
     def runs(self) -> list[str]:
         """Return the names of all runs, sorted; gc's own sessions and foreign directories are none."""
@@ -44,7 +63,9 @@ class Refs:
         slots: list[Slot] = []
         tombstones: set[Slot] = set()
         forgotten: dict[int, int] = {}  # step: newest attempt with a tombstone
-        for name in self._backend.names(f"refs/{run}/"):
+        seen = self._tombstones
+        names = self._backend.names(f"refs/{run}/")
+        for name in names:
             slot = Slot.from_key(name.removesuffix(GONE))
             if slot is None:
                 continue
@@ -54,7 +75,27 @@ class Refs:
             else:
                 slots.append(slot)
         gone = {slot for slot in slots if slot.attempt <= forgotten.get(slot.step, 0)}
-        return Listing(sorted(slots), frozenset(gone), frozenset(tombstones))
+        if not tombstones <= seen:
+            # Again: one listing may show a tombstone and miss the pin that was there before it.  One that was
+            # seen before this listing began is no such case.
+            names = self._backend.names(f"refs/{run}/")
+            self._tombstones |= tombstones
+        found = (Pin.from_key(name) for name in names if PIN in name)
+        pins = sorted((pin for pin in found if pin), key=lambda pin: (pin.step, pin.n))
+        listing = Listing(sorted(slots), frozenset(gone), frozenset(tombstones), pins)
+        held = {self._newest_commit(listing.slots, step) for step in listing.pinned & forgotten.keys()}
+        return replace(listing, gone=listing.gone - held)
+
+    def _newest_commit(self, slots: list[Slot], step: int) -> Slot | None:
+        """Return the slot of the newest commit at a step; a decision that cannot be read may be one."""
+        for slot in reversed(slots):
+            if slot.step == step:
+                try:
+                    if not isinstance(self.decision(slot), Fence):
+                        return slot
+                except FormatError:
+                    return slot
+        return None
 
     def decision(self, slot: Slot) -> Commit | Fence | None:
         """Return what was decided in a slot; None while nothing is."""
@@ -68,7 +109,10 @@ class Refs:
 
     def commits(self, run: str) -> list[Commit]:
         """Return a run's commits that are not forgotten, by step; superseded attempts before the newer."""
-        listing = self.listing(run)
+        return self.commits_of(self.listing(run))
+
+    def commits_of(self, listing: Listing) -> list[Commit]:
+        """Return the commits of a listing that are not forgotten, as `commits` does."""
         decisions = [self.decision(slot) for slot in listing.slots if slot not in listing.gone]
         return [d for d in decisions if isinstance(d, Commit)]
 
@@ -120,24 +164,32 @@ class Refs:
         Attempts are dense, so this asks for one name after another and lists nothing: a save must not
         cost more in a run of 10,000 steps.
         """
-        check_run(run)
-        newest = None
+        slot, newest, has_tombstone = self._attempts(check_run(run), step)
+        # Asked after the tombstone was seen: a pin that was there before it is seen too.
+        if newest is None or (has_tombstone and not self.is_pinned(run, step)):
+            return slot, None
+        return slot, newest
+
+    def _attempts(self, run: str, step: int) -> tuple[Slot, Commit | None, bool]:
+        """Return a step's first undecided slot, its newest commit, and whether that has a tombstone."""
+        newest, has_tombstone = None, False
         attempt = 1
         while decision := self.decision(Slot(run, step, attempt)):
-            if self._backend.exists(decision.slot.key + GONE):
-                newest = None
-            elif isinstance(decision, Commit):
-                newest = decision
+            if isinstance(decision, Commit):
+                newest, has_tombstone = decision, False
+            has_tombstone = has_tombstone or self._backend.exists(decision.slot.key + GONE)
             attempt += 1
-        return Slot(run, step, attempt), newest
+        return Slot(run, step, attempt), newest, has_tombstone
 
     def is_gone(self, slot: Slot) -> bool:
         """Return whether the commit in a slot was forgotten, itself or with a newer attempt."""
-        while not self._backend.exists(slot.key + GONE):
-            slot = Slot(slot.run, slot.step, slot.attempt + 1)
-            if not self._backend.exists(slot.key):
+        at = slot
+        while not self._backend.exists(at.key + GONE):
+            at = Slot(at.run, at.step, at.attempt + 1)
+            if not self._backend.exists(at.key):
                 return False
-        return True
+        _, newest = self.slot(slot.run, slot.step)
+        return newest is None or newest.slot != slot
 
     def decide(self, decision: Commit | Fence) -> int:
         """Create a slot's decision, durable on return; return its size in bytes.
@@ -162,8 +214,72 @@ class Refs:
         for commit in commits:
             key, data = tombstone(commit.slot)
             self._backend.create_once(key, data)
+            self._tombstones |= {commit.slot}
             runs.add(commit.slot.run)
         self._backend.barrier(*(f"refs/{run}" for run in sorted(runs)))
+
+    # -- pins
+
+    def is_pinned(self, run: str, step: int) -> bool:
+        """Return whether a step is pinned; asks for one name after another and lists nothing."""
+        return self._n_pins(run, step) % 2 == 1
+
+    def check_unpinned(self, run: str, step: int) -> None:
+        """Refuse to replace or forget a step that is pinned."""
+        if self.is_pinned(run, step):
+            raise InvalidInputError(f"run {run!r} step {step} is pinned", hint="unpin it first")
+
+    def _n_pins(self, run: str, step: int) -> int:
+        n = 0
+        while self._backend.exists(Pin(run, step, n + 1).key):
+            n += 1
+        return n
+
+    def pin(self, run: str, step: int) -> None:
+        """Keep a step from being forgotten, durable on return; nothing happens if it is pinned already.
+
+        Whoever forgets the step at the same time looks for a pin first and creates a tombstone then; this
+        creates a pin first and looks for a tombstone then.  So one of them sees the other, or both do; a
+        tombstone that comes after the pin is void, and one that comes before it is seen here.
+
+        Raises
+        ------
+        NotFoundError
+            If the step is not there, or was forgotten meanwhile.
+        """
+        self.commit(run, step)
+        created = self._turn(run, step, pins=True)
+        if created is None:
+            return
+        _, newest, has_tombstone = self._attempts(run, step)
+        if newest is None or has_tombstone:
+            if created:  # its chunks may be deleted already, so it must not come back
+                self._turn(run, step, pins=False)
+            raise NotFoundError(
+                f"run {run!r} step {step}: was forgotten while it was being pinned",
+                hint="pin another step",
+            )
+
+    def unpin(self, run: str, step: int) -> None:
+        """Let a step be forgotten again, durable on return; nothing happens if it is not pinned.
+
+        Raises
+        ------
+        NotFoundError
+            If the step is not there.
+        """
+        self.commit(run, step)
+        self._turn(run, step, pins=False)
+
+    def _turn(self, run: str, step: int, *, pins: bool) -> bool | None:
+        """Create the next pin record; None if the last one says so already, False if another was first."""
+        n = self._n_pins(run, step)
+        if n % 2 == pins:
+            return None
+        pin = Pin(run, step, n + 1)
+        created = self._backend.create_once(pin.key, pin.to_bytes())
+        self._backend.barrier(f"refs/{run}")
+        return created
 
     def check_new_run(self, run: str) -> None:
         """Refuse a run whose name differs from another's in case only: file systems may mix them up."""

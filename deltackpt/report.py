@@ -6,7 +6,7 @@ Never  measures.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -25,9 +25,12 @@ class SaveReport:
         Bytes of all files this save left in the store.
     n_tensors, n_chunks, n_new_chunks : int
     seconds : dict of str to float
-        By phase of the calling thread: flatten, compare, chunk, identify, write, publish, commit.
+        By phase of the calling thread: flatten, compare, chunk, identify, write, publish, commit, and, where
+        the run has rules of what to keep, retain.
     total_s : float
         From the call to its return.
+    forgotten : list of int
+        Steps that the run's rules let go after this save.
 
     Examples
     --------
@@ -45,6 +48,7 @@ class SaveReport:
     n_new_chunks: int
     seconds: dict[str, float]
     total_s: float
+    forgotten: list[int] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -56,10 +60,11 @@ class SaveReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        forgot = f", forgot {', '.join(map(str, self.forgotten))}" if self.forgotten else ""
         return (
             f"{self.run} step {self.step}: {human_size(self.logical_size)} in, "
             f"{human_size(self.new_size)} new, {human_size(self.written_size)} written "
-            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}"
+            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}{forgot}"
         )
 
 

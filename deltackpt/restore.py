@@ -6,6 +6,7 @@ Never  writes, or knows about steps and runs.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from deltackpt import arrays, tree
 from deltackpt.errors import CorruptError
 from deltackpt.format import LIST_ROW
 from deltackpt.manifest import Manifest, TensorRow, list_from_bytes
+from deltackpt.scratch import Scratch
 from deltackpt.store import Store, n_threads, workers
 from deltackpt.types import U8, State
 
@@ -124,6 +126,35 @@ def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
         window.finish()
 
 
+def check(store: Store, rows: Sequence[TensorRow]) -> None:
+    """Decode every chunk of some tensors, in threads, and keep none of it; each against its id.
+
+    Raises
+    ------
+    CorruptError
+        If one is missing or damaged; names the tensor, the chunk and its pack.
+    """
+    tables = resolve(store, rows)
+    chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
+    owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
+    _, at = np.unique(chunks["id"], axis=0, return_index=True)  # what tensors share is read once
+    ids, owners, sizes = np.ascontiguousarray(chunks["id"][at]), owners[at], chunks["size"][at].astype(int)
+    found = store.find(ids)
+    order = np.lexsort((found["offset"], found["pack"]))
+    window: _Window[None] = _Window(4 * n_threads())
+
+    def some(numbers: list[int]) -> None:
+        for i in numbers:
+            with _naming(rows[owners[i]]):
+                store.read_into(ids[i].tobytes(), found[i], _decoded.scratch.of(int(sizes[i])))
+
+    try:
+        for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
+            window.submit(some, order[first:stop].tolist())
+    finally:
+        window.finish()
+
+
 def load(store: Store, manifest: Manifest, *, keys: str | Sequence[str] | None, into: State | None) -> State:
     """Rebuild a state, or those parts of it whose names match `keys`, into `into`'s arrays where given."""
     rows = manifest.tensors
@@ -171,6 +202,16 @@ def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
     """Split items into runs of about `_COPY_SIZE` bytes."""
     for first, stop in spans(np.cumsum(np.array(sizes, np.int64)), _COPY_SIZE):
         yield items[first:stop]
+
+
+class _Decoded(threading.local):
+    """What each thread decodes into when nobody wants the bytes."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_decoded = _Decoded()
 
 
 class _Window(Generic[R]):

@@ -1,6 +1,7 @@
 """A run: the steps of one training job.
 
-Owns   saving, loading, listing and forgetting a run's steps; what this process remembers of the last one.
+Owns   saving, loading, listing, keeping, forgetting and comparing a run's steps, and forking it; what this
+       process remembers of the last one.
 Never  touches storage but through its store.
 """
 
@@ -14,16 +15,28 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 from blake3 import blake3
 
-from deltackpt import restore, snapshot
-from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
+from deltackpt import diff, restore, snapshot
+from deltackpt.diff import Diff, Side
+from deltackpt.errors import (
+    AlreadyExistsError,
+    CorruptError,
+    DeltackptError,
+    FormatError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
+from deltackpt.fork import take_over
 from deltackpt.manifest import Manifest
-from deltackpt.records import Commit, Figures, check_run, check_step
+from deltackpt.records import Commit, Figures, Origin, check_run, check_step
 from deltackpt.report import SaveReport
+from deltackpt.retention import Retention, Rule
 from deltackpt.session import Session
 from deltackpt.snapshot import Memory
 from deltackpt.store import Store, Where, open_store
@@ -41,11 +54,26 @@ class Run:
     """A run of a store; a context manager.  Safe to share between threads: saves take turns.
 
     Use `open_run`.
+
+    Examples
+    --------
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> run = open_run(MemoryBackend())
+    >>> for step in (10, 20, 30):
+    ...     _ = run.save({"w": [0.5 * step]}, step=step)
+    >>> list(run), len(run), 20 in run, 25 in run
+    ([10, 20, 30], 3, True, False)
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, *, keep: Rule | None = None) -> None:
+        if not isinstance(keep, Rule | None):
+            raise InvalidInputError(
+                f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
+            )
         self.store = store
         self.name = check_run(name)
+        self.keep = keep
+        self._resumed: int | None = None
         self._memory: Memory | None = None
         self._last_step: int | None = None
         self._lock = threading.Lock()
@@ -69,29 +97,82 @@ class Run:
         """Return the steps there are, in order."""
         return list(self.store.refs.steps(self.name))
 
+    def commits(self) -> list[Commit]:
+        """Return the records of the steps there are, in order."""
+        return list(self.store.refs.steps(self.name).values())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps())
+
+    def __len__(self) -> int:
+        return len(self.steps())
+
+    def __contains__(self, step: object) -> bool:
+        try:
+            return self.store.refs.slot(self.name, check_step(step))[1] is not None
+        except InvalidInputError:
+            return False
+
     def latest(self) -> int | None:
         """Return the highest step, None if there is none."""
         commit = self.store.refs.latest(self.name)
         return commit.slot.step if commit else None
 
     def commit(self, step: int | str = "latest") -> Commit:
-        """Return the record of one step.
+        """Return the record of one step, from which a job that asks for it goes on: `keep` spares it.
+
+        Parameters
+        ----------
+        step : int, "latest" or "latest-good"
+            latest-good: the newest step every chunk of which is there and decodes to its id; it is read
+            whole.  A warning is logged for each step passed over.
 
         Raises
         ------
         NotFoundError
             If there is no such step; names the nearest.
         """
+        commit = self._find(step)
+        self._resumed = commit.slot.step
+        return commit
+
+    def _find(self, step: int | str) -> Commit:
         if step == "latest":
             commit = self.store.refs.latest(self.name)
             if commit is None:
                 raise self.store.refs.unknown_step(self.name, None)
             return commit
+        if step == "latest-good":
+            return self._latest_good()
         if isinstance(step, str):
             raise InvalidInputError(
-                f"step: found {step!r}, expected an integer or 'latest'", hint="deltackpt ls"
+                f"step: found {step!r}, expected an integer, 'latest' or 'latest-good'", hint="deltackpt ls"
             )
         return self.store.refs.commit(self.name, check_step(step))
+
+    def _latest_good(self) -> Commit:
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        n_damaged = 0
+        for step in sorted({slot.step for slot in listing.slots if slot not in listing.gone}, reverse=True):
+            try:
+                _, commit = refs.slot(self.name, step)
+                if commit is None:
+                    continue  # only given up, or forgotten since the listing
+                with self.reading(commit):
+                    restore.check(self.store, read_manifest(self.store, commit).tensors)
+                return commit
+            except NotFoundError:
+                continue
+            except FormatError as e:
+                n_damaged += 1
+                log.warning("run %r step %d is not good: %s", self.name, step, e.message)
+        if not n_damaged:
+            raise refs.unknown_step(self.name, None)
+        raise NotFoundError(
+            f"run {self.name!r} has no good step; damaged or unreadable: {n_damaged}",
+            hint="run deltackpt verify",
+        )
 
     def forget(self, steps: Iterable[int]) -> None:
         """Make steps invisible; `gc` gives their space back.
@@ -100,14 +181,216 @@ class Run:
         ------
         NotFoundError
             If one is not there; then none is forgotten.
+        InvalidInputError
+            If one is pinned; then none is forgotten.
         """
         wanted = {check_step(step) for step in steps}
         self.store.prepare_to_write()
-        commits = self.store.refs.commits(self.name)
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        commits = refs.commits_of(listing)
         unknown = sorted(wanted - {commit.slot.step for commit in commits})
         if unknown:
-            raise self.store.refs.unknown_step(self.name, unknown[0])
-        self.store.refs.forget(commit for commit in commits if commit.slot.step in wanted)
+            raise refs.unknown_step(self.name, unknown[0])
+        for step in sorted(wanted & listing.pinned):
+            refs.check_unpinned(self.name, step)
+        refs.forget(commit for commit in commits if commit.slot.step in wanted)
+
+    # -- which steps stay
+
+    def pin(self, step: int) -> None:
+        """Keep a step until it is unpinned, whatever the rules say; durable on return.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not there; names the nearest.
+
+        Examples
+        --------
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> _ = run.save({"w": [0.5]}, step=10)
+        >>> run.pin(10)
+        >>> run.pinned()
+        [10]
+        """
+        self.store.prepare_to_write()
+        self.store.refs.pin(self.name, check_step(step))
+
+    def unpin(self, step: int) -> None:
+        """Let a pinned step go when the rules do; durable on return.
+
+        If somebody forgot the step at the very moment it was pinned, it is forgotten from now on.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not there; names the nearest.
+        """
+        self.store.prepare_to_write()
+        self.store.refs.unpin(self.name, check_step(step))
+
+    def pinned(self) -> list[int]:
+        """Return the steps that are pinned, in order."""
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        return sorted(listing.pinned & {commit.slot.step for commit in refs.commits_of(listing)})
+
+    def retention(self, keep: Rule | None = None) -> Retention:
+        """Return which of the steps there are stay and which would go now, each with why.
+
+        Parameters
+        ----------
+        keep : Rule, optional
+            By default the run's own; if it has none, every step stays.
+
+        Examples
+        --------
+        >>> from deltackpt import last
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> for step in (10, 20, 30):
+        ...     _ = run.save({"w": [0.5]}, step=step)
+        >>> print(run.retention(last(2)))
+        step         why
+          10  goes   no rule keeps it
+          20  stays  last 2
+          30  stays  latest; last 2
+        """
+        return self._retention(keep or self.keep, None)[0]
+
+    def _retention(self, keep: Rule | None, saved: int | None) -> tuple[Retention, list[Commit]]:
+        """Return the fate of every step, and the commits it was decided by."""
+        refs = self.store.refs
+        listing = refs.listing(self.name)
+        commits = refs.commits_of(listing)
+        steps = {commit.slot.step: commit for commit in commits}
+        if keep is None:
+            why = dict.fromkeys(steps, "there are no rules")
+        else:
+            why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed, saved=saved)
+        return Retention.of(self.name, steps, why), commits
+
+    def _retained(self, report: SaveReport, start: float) -> SaveReport:
+        """Forget what no rule keeps, now that the step is durable; return the report of both."""
+        if self.keep is None:
+            return report
+        before = time.perf_counter()
+        goes: list[int] = []
+        try:
+            decided, commits = self._retention(self.keep, report.step)
+            going = set(decided.goes)
+            self.store.refs.forget(commit for commit in commits if commit.slot.step in going)
+            goes = decided.goes
+        except DeltackptError as e:
+            log.warning(
+                "run %r step %d is saved, but no step was forgotten: %s", self.name, report.step, e.message
+            )
+        end = time.perf_counter()
+        seconds = {**report.seconds, "retain": end - before}
+        return replace(report, seconds=seconds, total_s=end - start, forgotten=goes)
+
+    # -- fork and compare
+
+    def fork(self, name: str, *, step: int | str = "latest") -> Run:
+        """Begin a run with a step of this one: the same number, content, metrics and metadata.
+
+        No chunk is copied; the new run's steps stand on their own like any others.
+
+        Parameters
+        ----------
+        name : str
+            The new run.
+        step : int, "latest" or "latest-good"
+
+        Returns
+        -------
+        Run
+            The new run, open on the same store.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If a run of this name has steps.
+        NotFoundError
+            If there is no such step; names the nearest.
+        CorruptError
+            If what the step holds is damaged where it has to be read.
+
+        Examples
+        --------
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> _ = run.save({"w": [0.5]}, step=10)
+        >>> branch = run.fork("branch")
+        >>> branch.steps(), branch.load(), branch.commit().origin
+        ([10], {'w': [0.5]}, Origin(run='main', step=10))
+        """
+        branch = Run(self.store, name)
+        refs = self.store.refs
+        refs.check_new_run(name)
+        if refs.latest(name) is not None:
+            raise AlreadyExistsError(f"run {name!r} has steps already", hint="choose another name")
+        source = self._find(step)
+        with Session(self.store, name, source.slot.step) as session:
+            with self.reading(source):
+                data = read_manifest_bytes(self.store, source)
+                take_over(session, Manifest.from_bytes(data, source.manifest_key))
+            session.publish(data)
+            session.commit(
+                data,
+                parent=None,
+                metrics=source.metrics,
+                metadata=source.metadata,
+                figures=replace(
+                    source.figures,
+                    new_size=session.new_size,
+                    n_new_chunks=session.n_new_chunks,
+                    written_size=session.written_size,
+                    seconds={},
+                ),
+                origin=Origin(self.name, source.slot.step),
+            )
+        return branch
+
+    def diff(self, a: int | str, b: int | str, *, other: Run | None = None) -> Diff:
+        """Return what differs between two steps, tensor by tensor and value by value.
+
+        Reads their manifests and lists of chunks, no tensor.
+
+        Parameters
+        ----------
+        a, b : int, "latest" or "latest-good"
+        other : Run, optional
+            The run that `b` is of, in this store or another; by default this one.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such step; names the nearest.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> run = open_run(MemoryBackend())
+        >>> for step in (10, 20):
+        ...     _ = run.save({"w": np.full(3, step), "frozen": np.ones(5), "lr": 1 / step}, step=step)
+        >>> print(run.diff(10, 20))
+        main step 10 -> main step 20
+        changed  w   24 B of 24 B, 1 of 1 chunks
+        value    lr  0.1 -> 0.05
+        1 same, 1 changed, 0 added, 0 removed, 0 retyped; 24 B of 64 B differ
+        """
+        return diff.compare(self._side(a), (other or self)._side(b))
+
+    def _side(self, step: int | str) -> Side:
+        commit = self._find(step)
+        with self.reading(commit):
+            manifest = read_manifest(self.store, commit)
+            label = f"{self.name} step {commit.slot.step}"
+            return Side(label, manifest, restore.resolve(self.store, manifest.tensors))
 
     # -- save
 
@@ -128,13 +411,14 @@ class Run:
             self._prepare()
             session = self._open(step, overwrite)
             try:
-                return self._save(session, state, metrics, metadata, start)
+                report = self._save(session, state, metrics, metadata, start)
             except StorageError as e:
                 if e.errno in _LASTING or session.deciding:
                     raise
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
-            return self._save(self._open(step, overwrite), state, metrics, metadata, start)
+                report = self._save(self._open(step, overwrite), state, metrics, metadata, start)
+            return self._retained(report, start)
 
     def _open(self, step: int, overwrite: bool) -> Session:
         return Session(self.store, self.name, step, overwrite=overwrite)
@@ -199,6 +483,8 @@ class Run:
             if commit is None:
                 self.store.refs.check_new_run(self.name)
             else:
+                if self._resumed is None and self._last_step is None:
+                    self._resumed = commit.slot.step
                 self._last_step = commit.slot.step
                 memory = Memory.from_store(self.store, read_manifest(self.store, commit))
         except (CorruptError, NotFoundError) as e:
@@ -243,7 +529,7 @@ class Run:
 
     def manifest(self, step: int | str = "latest") -> Manifest:
         """Return what a step holds, without reading its tensors."""
-        commit = self.commit(step)
+        commit = self._find(step)
         with self.reading(commit):
             return read_manifest(self.store, commit)
 
@@ -256,6 +542,11 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
     CorruptError
         If it is missing or not the one that was committed.
     """
+    return Manifest.from_bytes(read_manifest_bytes(store, commit), f"{store.url}/{commit.manifest_key}")
+
+
+def read_manifest_bytes(store: Store, commit: Commit) -> bytes:
+    """Read the file of a commit's manifest, as `read_manifest` does."""
     where = f"{store.url}/{commit.manifest_key}"
     try:
         data = store.backend.read(commit.manifest_key)
@@ -263,7 +554,7 @@ def read_manifest(store: Store, commit: Commit) -> Manifest:
         raise CorruptError(f"{where}: manifest is missing", hint="run deltackpt verify") from e
     if blake3(data).digest() != commit.manifest:
         raise CorruptError(f"{where}: {len(data)} bytes are not the manifest that was committed")
-    return Manifest.from_bytes(data, where)
+    return data
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -305,7 +596,7 @@ def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def open_run(store: Where, run: str = "main", *, create: bool = True) -> Run:
+def open_run(store: Where, run: str = "main", *, create: bool = True, keep: Rule | None = None) -> Run:
     """Open a run, and its store.
 
     Parameters
@@ -315,14 +606,25 @@ def open_run(store: Where, run: str = "main", *, create: bool = True) -> Run:
         1 to 128 of ``A-Z a-z 0-9 . _ -``.
     create : bool
         Make the store if there is none.
+    keep : Rule, optional
+        After each save, once it is durable, forget the steps that this does not keep; by default all stay.
+        What stays always: the step just saved, the latest, those pinned, and the one this job went on from:
+        which it loaded last, or else the latest when it first saved.
 
     Examples
     --------
+    >>> from deltackpt import best, every, last
     >>> from deltackpt.backends.memory import MemoryBackend
     >>> with open_run(MemoryBackend(), "exp1") as run:
     ...     _ = run.save({"w": [1.0, 2.0]}, step=10)
     ...     run.steps(), run.load(10)
     ([10], {'w': [1.0, 2.0]})
+
+    >>> with open_run(MemoryBackend(), keep=last(2) | every(100) | best("loss", 1)) as run:
+    ...     for step in range(100, 150, 10):
+    ...         report = run.save({"w": [1.0]}, step=step, metrics={"loss": abs(step - 115)})
+    ...     run.steps(), report.forgotten
+    ([100, 120, 130, 140], [])
     """
     check_run(run)
-    return Run(open_store(store, create=create), run)
+    return Run(open_store(store, create=create), run, keep=keep)

@@ -30,7 +30,7 @@ from deltackpt.errors import AlreadyExistsError, ConflictError, DeltackptError, 
 from deltackpt.format import seal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.pack import PackBuilder, PackName, Payload, Record
-from deltackpt.records import Commit, Figures, SessionName, Slot, index_key, manifest_key
+from deltackpt.records import Commit, Figures, Origin, SessionName, Slot, index_key, manifest_key
 from deltackpt.store import Store, workers
 from deltackpt.types import U8
 
@@ -61,6 +61,8 @@ class Session:
     ------
     AlreadyExistsError
         If the step is there and `overwrite` is false.
+    InvalidInputError
+        If it is there and pinned.
     """
 
     def __init__(self, store: Store, run: str, step: int, *, overwrite: bool = False) -> None:
@@ -69,6 +71,8 @@ class Session:
             raise AlreadyExistsError(
                 f"run {run!r} has step {step} already", hint="save another step, or say overwrite"
             )
+        if self.superseded is not None:
+            store.refs.check_unpinned(run, step)
         self._start(store, slot)
 
     @classmethod
@@ -286,6 +290,7 @@ class Session:
         metrics: dict[str, float],
         metadata: dict[str, Any],
         figures: Figures,
+        origin: Origin | None = None,
     ) -> Commit:
         """Decide the slot (W5): the step is durable and visible on return.
 
@@ -303,6 +308,7 @@ class Session:
             metrics,
             metadata,
             figures,
+            origin,
         )
         self.deciding = True
         self.written_size += self.store.refs.decide(commit)

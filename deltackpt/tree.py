@@ -162,6 +162,27 @@ def leaf_names(structure: Json, tensor_names: Sequence[str]) -> list[str]:
 
 
 @_no_recursion_error(FormatError)
+def plain_leaves(structure: Json, tensor_names: Sequence[str]) -> dict[str, Json]:
+    """Return what is no tensor, by name: scalars and empty containers, as the structure has them.
+
+    Examples
+    --------
+    >>> plain_leaves({"map": {"w": {"tensor": 0}, "betas": {"tuple": [0.9, 0.99]}}}, ["w"])
+    {'betas.0': 0.9, 'betas.1': 0.99}
+    """
+    leaves: dict[str, Json] = {}
+    for path, node in _leaves(structure):
+        if _index(node, len(tensor_names), path, _INDEX_TAGS) is None:
+            name = first = _leaf_name(path, node, tensor_names)
+            n = 1
+            while name in leaves:  # keys may hold dots themselves
+                n += 1
+                name = f"{first}#{n}"
+            leaves[name] = node
+    return leaves
+
+
+@_no_recursion_error(FormatError)
 def select(
     structure: Json, tensor_names: Sequence[str], patterns: str | Sequence[str]
 ) -> tuple[Json, list[int]]:

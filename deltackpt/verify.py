@@ -19,12 +19,25 @@ from deltackpt.format import INDEX_HEADER, PACK_HEADER, RECORD_HEADER, unseal
 from deltackpt.index import Segment
 from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName, Record
-from deltackpt.records import GC_RUN, Commit, SessionName, Slot, parse_gc_key, sid_of, tombstone
+from deltackpt.records import (
+    GC_RUN,
+    GONE,
+    Commit,
+    Pin,
+    SessionName,
+    Slot,
+    parse_gc_key,
+    sid_of,
+    tombstone,
+)
+from deltackpt.refs import Listing
 from deltackpt.restore import resolve
 from deltackpt.run import read_manifest
 from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store, workers
 
 Level = Literal["references", "stored", "decode"]
+#: A name may claim any number.
+_N_GAPS_TOLD = 10
 LEVELS: tuple[Level, ...] = ("references", "stored", "decode")
 
 
@@ -35,7 +48,7 @@ class Damage:
     Parameters
     ----------
     kind : str
-        commit, tombstone, gc, manifest, list, chunk, pack, index or quarantine.
+        commit, tombstone, pin, gc, manifest, list, chunk, pack, index or quarantine.
     key : str
         The file.
     message : str
@@ -199,26 +212,43 @@ class _Verifier:
     # -- references
 
     def _run(self, run: str) -> None:
-        """Check a run's decisions, tombstones and manifests."""
+        """Check a run's decisions, tombstones, pins and manifests."""
         listing = self._store.refs.listing(run)
         slots = set(listing.slots)
         for slot in sorted(slots | listing.tombstones):
             if slot not in slots:
                 self._add("commit", slot.key, "missing, and its tombstone is there")
             if slot in listing.tombstones:
-                self._tombstone(slot)
+                self._record_is("tombstone", *tombstone(slot))
             self._decision(slot, slot in listing.gone)
+        self._pins(listing)
+        for entry in self._backend.list(f"refs/{run}/"):
+            if not (Slot.from_key(entry.name.removesuffix(GONE)) or Pin.from_key(entry.name)):
+                self._report.foreign.append(entry.name)
 
-    def _tombstone(self, slot: Slot) -> None:
-        key, expected = tombstone(slot)
+    def _pins(self, listing: Listing) -> None:
+        """Check that a step's pins count from 1 without gaps, and that there is something to pin."""
+        steps = {slot.step for slot in listing.slots}
+        last: Pin | None = None
+        for pin in listing.pins:
+            first = last.n + 1 if last is not None and last.step == pin.step else 1
+            for n in range(first, min(pin.n, first + _N_GAPS_TOLD)):
+                self._add("pin", Pin(pin.run, pin.step, n).key, f"missing, and {pin.key} is there")
+            if pin.step not in steps:
+                self._add("pin", pin.key, "pins a step that was never saved")
+            self._record_is("pin", pin.key, pin.to_bytes())
+            last = pin
+
+    def _record_is(self, kind: str, key: str, expected: bytes) -> None:
+        """Check a record of which every byte follows from its name."""
         found = self._backend.read(key)
         if found != expected:
             try:
                 unseal(found, key)
             except FormatError as e:
-                self._add("tombstone", key, e)
+                self._add(kind, key, e)
             else:
-                self._add("tombstone", key, f"is not the tombstone of {slot.key}")
+                self._add(kind, key, "is not the record of its name")
 
     def _decision(self, slot: Slot, is_gone: bool) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Write a golden store: ``python tests/make_golden.py`` makes tests/golden/v1, which must not be there.
+"""Write golden stores: ``python tests/make_golden.py`` makes those under tests/golden that are not there.
 
 Read tests/golden/README.md first: golden stores are added, never regenerated, once released.
 """
@@ -11,7 +11,8 @@ import json
 import shutil
 import sys
 from collections import OrderedDict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -116,13 +117,20 @@ def make_store(backend: Backend) -> Store:
     return Store(backend)
 
 
-def write(store: Store, *, with_torch: bool = True) -> None:
-    """Save, overwrite, fence, forget and collect; the same bytes every time."""
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Names and clocks the same every time."""
     sids = (hashlib.sha256(b"golden %d" % i).digest()[:16] for i in itertools.count())
     with ExitStack() as stack:
         stack.enter_context(mock.patch("secrets.token_bytes", side_effect=sids))
         stack.enter_context(mock.patch("time.time", return_value=1767225600.0))
         stack.enter_context(mock.patch("time.perf_counter", return_value=0.0))
+        yield
+
+
+def write(store: Store, *, with_torch: bool = True) -> None:
+    """Save, overwrite, fence, forget and collect; the same bytes every time."""
+    with reproducible():
         run = Run(store, "main")
         for step in (1, 2, 3):
             run.save(state(step), step=step, metrics={"loss": 1 / step}, metadata={"lr": 3e-4})
@@ -132,6 +140,22 @@ def write(store: Store, *, with_torch: bool = True) -> None:
         if with_torch:
             Run(store, "torch").save(torch_state(), step=10)
         run.forget([2])
+        gc.collect(store)
+
+
+def write_runs(store: Store) -> None:
+    """Pin, unpin, forget what is pinned, and fork; the same bytes every time."""
+    with reproducible():
+        run = Run(store, "main")
+        for step in range(5):
+            run.save({"w": weights(300, step), "frozen": noise(3000, 7), "step": step}, step=step)
+        for step in (1, 2, 3):
+            run.pin(step)
+        run.unpin(2)
+        run.fork("branch", step=2).save({"w": weights(300, 9), "step": 3}, step=3)
+        run.forget([0, 2])
+        # By one who looked for a pin before it was there.
+        store.refs.forget([run.commit(3)])
         gc.collect(store)
 
 
@@ -166,13 +190,15 @@ def describe(store: Store) -> dict[str, Any]:
     return told
 
 
-def main() -> None:
-    target = GOLDEN / f"v{VERSION}"
-    if target.exists():
-        sys.exit(f"{target} is there: golden stores are added, never regenerated (tests/golden/README.md)")
+STORES = {"v1": write, "v1-runs": write_runs}
+
+
+def make(name: str) -> None:
+    """Make one golden store, whole or not at all."""
+    target = GOLDEN / name
     try:
         store = make_store(LocalBackend(target / "store"))
-        write(store)
+        STORES[name](store)
         expected = json.dumps(describe(store), indent=1, sort_keys=True)
         (target / "expected.json").write_text(expected + "\n")
     except BaseException:
@@ -180,6 +206,14 @@ def main() -> None:
         raise
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {size} bytes")
+
+
+def main() -> None:
+    missing = [name for name in STORES if not (GOLDEN / name).exists()]
+    if not missing:
+        sys.exit("all are there: golden stores are added, never regenerated (tests/golden/README.md)")
+    for name in missing:
+        make(name)
 
 
 if __name__ == "__main__":

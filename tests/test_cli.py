@@ -495,7 +495,7 @@ def test_names_cannot_command_the_terminal():
 def test_forget_by_rules_says_why_each_step_stays_or_goes(store):
     args = ["forget", "--keep-last", 1, "--keep-best", "loss:1:max"]
     expected = [
-        {"step": 10, "stays": True, "why": "highest loss, 1 of them"},
+        {"step": 10, "stays": True, "why": "highest loss, 1 of 1"},
         {"step": 20, "stays": False, "why": "no rule keeps it"},
         {"step": 30, "stays": True, "why": "latest; last 1"},
     ]

@@ -68,6 +68,9 @@ def small():
         run.save(state(step), step=step)
     run.forget([2])
     assert collect(backend).n_deleted
+    run.pin(1)
+    run.pin(3)
+    run.unpin(3)
     objects = contents(backend)
     rows = np.concatenate([s.rows for s in open_store(backend).refresh().segments])
     assert set(rows["codec"].tolist()) == CODECS.keys()

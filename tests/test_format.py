@@ -27,7 +27,8 @@ from deltackpt.records import Commit, Figures, Slot
 from deltackpt.run import open_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDENS = Path(__file__).parent / "golden"
+GOLDEN = GOLDENS / "v1"
 TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64"}
 
 
@@ -183,13 +184,14 @@ def reader() -> dict[str, Any]:
     return space
 
 
-def test_the_pages_reader_reads_the_golden_store():
-    expected = json.loads((GOLDEN / "expected.json").read_text())
+@pytest.mark.parametrize("golden", sorted(p for p in GOLDENS.iterdir() if p.is_dir()), ids=lambda p: p.name)
+def test_the_pages_reader_reads_the_golden_stores(golden: Path):
+    expected = json.loads((golden / "expected.json").read_text())
     space = reader()
     for run, steps in expected.items():
-        assert {str(step) for step in space["commits"](str(GOLDEN / "store"), run)} == set(steps)
+        assert {str(step) for step in space["commits"](str(golden / "store"), run)} == set(steps)
         for step, told in steps.items():
-            structure, tensors = space["load"](str(GOLDEN / "store"), run, int(step))
+            structure, tensors = space["load"](str(golden / "store"), run, int(step))
             assert structure == told["structure"]
             found = {name: hashlib.sha256(data).hexdigest() for name, (_, _, data) in tensors.items()}
             assert found == {name: t["sha256"] for name, t in told["tensors"].items()}

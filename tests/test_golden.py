@@ -15,7 +15,7 @@ from deltackpt import gc
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError
-from deltackpt.records import Commit, Fence, Slot
+from deltackpt.records import Commit, Fence, Origin, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DIRS, Store
@@ -98,6 +98,31 @@ def test_v1_holds_what_its_readme_says():
     assert store.gc_record("gc/sweep-0").packs == store.gc_record("gc/condemn-0").packs
     size = sum(path.stat().st_size for path in (GOLDEN / "v1").rglob("*") if path.is_file())
     assert size < 150_000
+
+
+def test_v1_runs_holds_what_its_readme_says():
+    store, _ = opened("v1-runs")
+    run, branch = Run(store, "main"), Run(store, "branch")
+    assert (run.steps(), run.pinned()) == ([1, 3, 4], [1, 3])
+    assert {pin.key for pin in store.refs.listing("main").pins} == {
+        f"refs/main/{name}" for name in ("1.pin-1", "2.pin-1", "2.pin-2", "3.pin-1")
+    }
+    assert store.backend.exists("refs/main/3.1.gone")
+    assert not store.refs.is_gone(Slot("main", 3, 1))
+    assert branch.steps() == [2, 3]
+    assert [commit.origin for commit in branch.commits()] == [Origin("main", 2), None]
+    assert branch.load(2)["step"] == 2
+    assert run.load(3)["w"].tobytes() == make_golden.weights(300, 3).tobytes()
+    assert store.gc_state()[0] == 1
+    size = sum(path.stat().st_size for path in (GOLDEN / "v1-runs").rglob("*") if path.is_file())
+    assert size < 40_000
+
+
+def test_the_same_is_written_today():
+    _, expected = opened("v1-runs")
+    store = make_golden.make_store(MemoryBackend())
+    make_golden.write_runs(store)
+    assert make_golden.describe(store) == expected
 
 
 def test_a_state_saved_anew_has_the_chunks_and_the_manifest_of_the_golden_store():

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from steps import assert_steps, collect, floats, noise, opened, repeats, same, visible
 
-from deltackpt import manifest, restore
+from deltackpt import every, last, manifest, restore
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chunking import Chunker
-from deltackpt.errors import AlreadyExistsError, NotFoundError, StorageError
+from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError
 from deltackpt.format import VERSION, seal
 from deltackpt.run import Run
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
@@ -101,6 +101,8 @@ class Machine(RuleBasedStateMachine):
         self.size_max = 30_000 if is_small else 400_000
         self.start(small_store() if is_small else MemoryBackend())
         self.states = {run: {} for run in RUNS}
+        self.pinned = {run: set() for run in RUNS}
+        self.lost = {run: set() for run in RUNS}  # steps that only their pin holds
         self.work = {}
         self.train(1, 12)
 
@@ -151,7 +153,10 @@ class Machine(RuleBasedStateMachine):
         if not self.states[run]:
             return
         step = data.draw(st.sampled_from(sorted(self.states[run])))
-        if overwrite:
+        if overwrite and step in self.pinned[run]:
+            with pytest.raises(InvalidInputError, match="is pinned"):
+                self.runs[run].save(self.work, step=step, overwrite=True)
+        elif overwrite:
             self.runs[run].save(self.next_state(step), step=step, overwrite=True)
             self.states[run][step] = self.work
         else:
@@ -229,9 +234,60 @@ class Machine(RuleBasedStateMachine):
     def forget(self, run, data):
         if self.states[run]:
             steps = data.draw(st.sets(st.sampled_from(sorted(self.states[run])), min_size=1))
+            if steps & self.pinned[run]:
+                with pytest.raises(InvalidInputError, match="is pinned"):
+                    self.runs[run].forget(steps)
+                return
             self.runs[run].forget(steps)
             for step in steps:
                 del self.states[run][step]
+
+    @rule(run=a_run, data=st.data(), late=st.booleans())
+    def pin(self, run, data, late):
+        """`late`: somebody who looked before the step was pinned forgets it all the same."""
+        if self.states[run]:
+            step = data.draw(st.sampled_from(sorted(self.states[run])))
+            self.runs[run].pin(step)
+            self.pinned[run].add(step)
+            if late:
+                refs = opened(self.backend, run).store.refs
+                refs.forget([refs.commit(run, step)])
+                self.lost[run].add(step)
+
+    @rule(run=a_run, data=st.data())
+    def unpin(self, run, data):
+        if self.pinned[run]:
+            step = data.draw(st.sampled_from(sorted(self.pinned[run])))
+            self.runs[run].unpin(step)
+            self.pinned[run].remove(step)
+            if step in self.lost[run]:
+                self.lost[run].remove(step)
+                del self.states[run][step]
+
+    @rule(run=a_run, data=st.data())
+    def fork(self, run, data):
+        other = next(name for name in RUNS if name != run)
+        if self.states[run]:
+            step = data.draw(st.sampled_from(sorted(self.states[run])))
+            if self.states[other]:
+                with pytest.raises(AlreadyExistsError):
+                    self.runs[run].fork(other, step=step)
+            else:
+                self.runs[other] = self.runs[run].fork(other, step=step)
+                self.states[other][step] = self.states[run][step]
+
+    @rule(run=a_run, n_last=st.integers(1, 3), n_every=st.integers(1, 4))
+    def save_and_keep(self, run, n_last, n_every):
+        step = self.a_new_step(run, 1)
+        self.runs[run].keep = last(n_last) | every(n_every)
+        forgotten = self.runs[run].save(self.next_state(step), step=step).forgotten
+        self.runs[run].keep = None
+        self.states[run][step] = self.work
+        gone = {s for s in sorted(self.states[run])[:-n_last] if s % n_every} - self.pinned[run]
+        assert set(forgotten) <= gone
+        assert len(gone - set(forgotten)) <= 1  # what it was resumed from
+        for step in forgotten:
+            del self.states[run][step]
 
     @rule()
     def gc_by_another_process(self):
@@ -250,6 +306,7 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "states"):
             for run in RUNS:
                 assert self.runs[run].steps() == sorted(self.states[run])
+                assert self.runs[run].pinned() == sorted(self.pinned[run])
 
     def nothing_else_is_there(self):
         for run in RUNS:

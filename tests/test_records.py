@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +19,8 @@ from deltackpt.records import (
     Fence,
     Figures,
     GcRecord,
+    Origin,
+    Pin,
     SessionName,
     Slot,
     check_run,
@@ -249,6 +251,33 @@ def test_features_of_any_json_are_refused():
     for feature in ([], {}, None, 0):
         with pytest.raises(FormatError):
             decision_from_bytes(seal(body_of(COMMIT) | {"features": [feature]}), SLOT)
+
+
+@pytest.mark.parametrize("n", [1, 2, 999_999_999])
+def test_a_pin_comes_back_from_its_name_and_says_whether_it_pins(n: int):
+    pin = Pin("exp.1", 2**63 - 1, n)
+    assert Pin.from_key(pin.key) == pin
+    assert pin.pins == (n % 2 == 1)
+    body = unseal(pin.to_bytes(), "here")
+    assert body == {"kind": "pin" if pin.pins else "unpin", "run": "exp.1", "step": 2**63 - 1, "n": n}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1.pin-0", "1.pin-01", "1.pin-", "01.pin-1", "1.1.pin-1", "1.pin-1.gone", "9223372036854775808.pin-1"],
+)
+def test_what_is_no_pin_is_not_taken_for_one(name: str):
+    assert Pin.from_key(f"refs/main/{name}") is None
+
+
+def test_an_origin_comes_back_and_one_of_the_wrong_type_is_refused():
+    commit = replace(COMMIT, origin=Origin("main", 7))
+    assert decision_from_bytes(commit.to_bytes(), commit.slot) == commit
+    assert "origin" not in unseal(COMMIT.to_bytes(), "here")
+    for origin in (7, {"run": "main"}, {"run": 1, "step": 1}, {"run": "main", "step": True}):
+        data = seal(unseal(commit.to_bytes(), "here") | {"origin": origin})
+        with pytest.raises(CorruptError, match="not a decision"):
+            decision_from_bytes(data, commit.slot)
 
 
 def test_a_tombstone_names_its_slot():

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from deltackpt.cli.printing import be_quiet
 from deltackpt.errors import DeltackptError, InvalidInputError
-from deltackpt.retention import Best
+from deltackpt.retention import best
 from deltackpt.run import open_run
 from deltackpt.store import DESCRIPTOR, open_store
 
@@ -70,10 +70,10 @@ def metric_values(ctx: click.Context, param: click.Parameter, values: Sequence[s
     return metrics
 
 
-def best_rules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[Best]:
+def best_rules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[best]:
     """Parse ``METRIC:N`` given any number of times."""
     try:
-        return [Best.parse(value) for value in values]
+        return [best.parse(value) for value in values]
     except InvalidInputError as e:
         raise click.BadParameter(e.message, ctx, param) from e
 

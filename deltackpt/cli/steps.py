@@ -7,6 +7,8 @@ Never  decides which step stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import click
@@ -23,6 +25,7 @@ from deltackpt.cli.options import (
 )
 from deltackpt.cli.printing import answer, answer_table, figures, percent, table, tell, when
 from deltackpt.report import human_size
+from deltackpt.retention import Retention, Rule
 from deltackpt.run import open_run
 from deltackpt.store import open_store
 
@@ -99,13 +102,15 @@ def show(store: Path, step: int | str, run: str, as_json: bool) -> None:
     shell_complete=complete_numbers,
     help="Forget this step; repeatable.",
 )
-@click.option("--keep-last", "last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps.")
 @click.option(
-    "--keep-every", "every", type=click.IntRange(min=1), metavar="N", help="Keep the multiples of N."
+    "--keep-last", "n_last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps."
+)
+@click.option(
+    "--keep-every", "n_every", type=click.IntRange(min=1), metavar="N", help="Keep the multiples of N."
 )
 @click.option(
     "--keep-best",
-    "best",
+    "bests",
     multiple=True,
     callback=best_rules,
     metavar="METRIC:N",
@@ -118,9 +123,9 @@ def forget(
     store: Path,
     run: str,
     steps: Sequence[int],
-    last: int | None,
-    every: int | None,
-    best: Sequence[retention.Best],
+    n_last: int | None,
+    n_every: int | None,
+    bests: Sequence[Rule],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -134,20 +139,25 @@ def forget(
       deltackpt forget --step 1000 --step 2000
       deltackpt forget --keep-last 3 --keep-every 10000 --keep-best loss:2 --dry-run
     """
-    rules = last is not None or every is not None or bool(best)
-    if rules == bool(steps):
+    rules: list[Rule] = [
+        *([retention.last(n_last)] if n_last else []),
+        *([retention.every(n_every)] if n_every else []),
+        *bests,
+    ]
+    if bool(rules) == bool(steps):
         raise click.UsageError("give either --step or --keep rules")
     with open_run(store, run, create=False) as opened:
-        metrics = {c.slot.step: c.metrics for c in overview.commits(opened.store, run)}
+        commits = {c.slot.step: c for c in overview.commits(opened.store, run)}
         if rules:
-            stay = retention.decide(metrics, last=last, every=every, best=best)
+            rule = reduce(or_, rules)
+            rule.check(commits)
+            decided = opened.retention(rule)
         else:
-            stay = retention.all_but(metrics, [opened.commit(step).slot.step for step in steps])
+            going = {opened.store.refs.commit(run, step).slot.step for step in steps}
+            decided = Retention.of(run, commits, dict.fromkeys(commits.keys() - going, "not named"), "named")
         if not dry_run:
-            opened.forget(metrics.keys() - stay.keys())
-    why_not = "no rule keeps it" if rules else "named"
-    lines = [{"step": s, "stays": s in stay, "why": stay.get(s, why_not)} for s in metrics]
+            opened.forget(decided.goes)
     goes = "would go" if dry_run else "forgotten"
-    rows = [(str(line["step"]), "stays" if line["stays"] else goes, str(line["why"])) for line in lines]
-    data = {"run": run, "dry_run": dry_run, "steps": lines}
+    rows = [(str(row.step), "stays" if row.stays else goes, row.why) for row in decided.rows]
+    data = {"run": run, "dry_run": dry_run, "steps": decided.to_json()["steps"]}
     (answer if dry_run else tell)(table((">step", "", "why"), rows), data, as_json)

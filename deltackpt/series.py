@@ -264,7 +264,7 @@ def save(
     _refuse(
         [str(path) for path in steps if path.suffix.lower() not in files.READABLE],
         f"is none of {', '.join(files.READABLE)}",
-        "save other kinds as one of these first",
+        "name files of these kinds, as in 'ckpt/*.pt'",
     )
     there = _steps_there(store, run) & set(steps.values())
     if there and existing == "refuse":

@@ -49,6 +49,23 @@ def on_terminal(*args: object, **env: str) -> Done:
     return Done(running.wait(), stdout.replace("\r\n", "\n"), stderr.replace("\r\n", "\n"))
 
 
+def on_one_terminal(*args: object, **env: str) -> tuple[int, list[str]]:
+    """Run the command, all its output to one terminal; return the exit code and the lines left there."""
+    ours, theirs = pty.openpty()
+    running = start(*args, stdout=theirs, stderr=theirs, **{"TERM": "xterm-256color", **env})
+    os.close(theirs)
+    shown = _read_all(ours).replace("\r\n", "\n")
+    return running.wait(), [_overwritten(line) for line in shown.split("\n")]
+
+
+def _overwritten(line: str) -> str:
+    """What a terminal shows of a line that goes back to its start and writes over itself."""
+    shown = ""
+    for part in line.split("\r"):
+        shown = part + shown[len(part) :]
+    return shown.rstrip()
+
+
 def _read_all(fd: int) -> str:
     parts = []
     while True:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import environment, on_terminal, process, start
+from commands import environment, on_one_terminal, on_terminal, process, start
 
 from deltackpt import delta, files
 from deltackpt.cli import cli
@@ -23,10 +23,13 @@ from deltackpt.cli import cli
 CALLS: dict[str, tuple[list[str], str]] = {
     "completion": (["bash"], "_deltackpt_completion() {"),
     "demo": ([], "1. trained"),
+    "diff": (["10", "main@latest"], "main step 10 -> main step 30"),
+    "fork": (["branch", "--step", "20"], "branch step 20: from main@20, "),
     "forget": (["--step", "10"], "step"),
     "gc": ([], "3 packs: "),
     "info": ([], "version"),
     "ls": ([], "run "),
+    "pin": (["20"], "main step 20: pinned"),
     "restore": (["-o", "out.npz"], "out.npz: main step 30, "),
     "save": (["s_40.npz"], "s_40.npz: main step 40: "),
     "show": (["--step", "20"], "tensor"),
@@ -34,7 +37,7 @@ CALLS: dict[str, tuple[list[str], str]] = {
     "verify": (["--decode"], "clean: 3 steps, "),
 }
 #: Those whose text is what was asked for, not news of what was done.
-ANSWERS = {"completion", "info", "ls", "show", "stats"}
+ANSWERS = {"completion", "diff", "info", "ls", "show", "stats"}
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +116,17 @@ def test_an_unknown_option_exits_2_with_the_usage_on_stderr(command):
     assert re.search("No such option:? '?--no-such-option", done.stderr)
 
 
+def test_warnings_go_to_stderr_one_a_line():
+    packs = set(Path("checkpoints/packs").iterdir())
+    delta.save({"w": np.random.default_rng(9).standard_normal(9000)}, "checkpoints", step=40)
+    (new,) = set(Path("checkpoints/packs").iterdir()) - packs
+    os.truncate(new, new.stat().st_size // 2)
+    done = process("restore", "--step", "latest-good", "-o", "x.npz")
+    assert (done.returncode, done.stdout.partition(",")[0]) == (0, "x.npz: main step 30")
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+    assert "run 'main' step 40 is not good" in done.stderr
+
+
 # -- a series
 
 
@@ -157,8 +171,8 @@ def test_a_series_stops_at_a_step_that_is_there_before_it_saves_any():
 @pytest.mark.parametrize(
     ("args", "code", "told"),
     [
-        (["s_40.npz", "s_50.npz", "--step", "1"], 2, "--step is of one file"),
-        (["s_*.npz", "--metric", "loss=1"], 2, "--metric is of one step"),
+        (["s_40.npz", "s_50.npz", "--step", "1"], 2, "--step and --metric are of one file, these are 2"),
+        (["s_*.npz", "--metric", "loss=1"], 2, "--step and --metric are of one file, these are 2"),
         (["n_*.npz"], 3, "n_*.npz: no such file"),
         (["w.npz"], 2, "has no number that tells its step: w.npz"),
     ],
@@ -181,6 +195,14 @@ def test_progress_is_shown_on_a_terminal_and_leaves_nothing():
     assert done.stderr.endswith(" \r")  # blanks over the last of it
     assert len(done.stdout.splitlines()) == 4
     assert on_terminal("-q", "save", "s_*.npz", "--overwrite")[1:] == ("", "")
+
+
+def test_progress_and_lines_do_not_run_into_each_other():
+    code, lines = on_one_terminal("save", "s_*.npz", COLUMNS="60")
+    assert code == 0
+    assert [line.partition(":")[0] for line in lines] == ["s_40.npz", "s_50.npz", "s_60.npz", "3 steps", ""]
+    code, lines = on_one_terminal("save", "s_*.npz")
+    assert (code, lines[0]) == (1, "error: run 'main' has steps 40, 50, 60 already")
 
 
 @pytest.mark.parametrize("command", ["gc", "stats", "verify", "restore", "save"])

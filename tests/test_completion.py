@@ -44,6 +44,11 @@ def completed(line: str, **env: str) -> list[str]:
         ("deltackpt forget --step 1", ["100"]),
         ("deltackpt restore --keys ", ["model.w", "model.b", "only_in_main"]),
         ("deltackpt restore --run ablation --step 7 --keys o", ["only_in_ablation"]),
+        ("deltackpt pin ", ["100", "90"]),
+        ("deltackpt fork new --step 9", ["90"]),
+        ("deltackpt diff ab", ["ablation@latest"]),
+        ("deltackpt diff 90 ", ["latest", "latest-good", "100", "90", "ablation@latest", "main@latest"]),
+        ("deltackpt diff 90 ablation@", ["ablation@latest", "ablation@latest-good", "ablation@7"]),
         ("deltackpt completion ", ["bash", "zsh", "fish"]),
         # What is not there offers nothing, and says nothing.
         ("deltackpt -s nowhere ls --run ", []),

@@ -71,6 +71,7 @@ def test_any_names_give_each_its_own_step_or_an_error_that_lists_some(names):
         (["global_step500/mp_rank_00_states.pt", "global_step40/mp_rank_00_states.pt"], [40, 500]),
         (["100step/epoch_1.pt", "100step/epoch_2.pt"], [1, 2]),
         (["step_7.pt", "step_10_final.pt"], [7, 10]),
+        (["c-7/model-00001-of-00001.pt"], [7]),
         (["c-1/model-00001-of-00001.pt", "c-2/model-00001-of-00001.pt"], [1, 2]),
         (["v1.5-100.pt", "v1.5-200.pt"], [100, 200]),
         (["Step5.npz", "STEP-6.npz"], [5, 6]),
@@ -85,6 +86,7 @@ def test_names_that_people_give_are_understood(names, steps):
     ("names", "told"),
     [
         (["model.pt"], ["has no number that tells its step: model.pt"]),
+        (["2024/out/model.pt"], ["has no number that tells its step: 2024/out/model.pt"]),
         (["a1.pt", "b.pt", "c.pt"], ["has no number", "b.pt; c.pt"]),
         (["x/a_7.pt", "y/a_7.pt"], ["x/a_7.pt; y/a_7.pt"]),
         (["a_07.pt", "b_7.pt", "c_8.pt"], ["have the same step in their names: a_07.pt, b_7.pt (7)"]),

@@ -23,7 +23,10 @@ from deltackpt.run import open_run
 @cli.command(short_help="Save checkpoint files as steps.")
 @click.argument("file", type=click.Path(), nargs=-1, required=True)
 @click.option(
-    "--step", type=int, metavar="N", help="The training step that FILE is.  [default: from its name]"
+    "--step",
+    type=int,
+    metavar="N",
+    help="Of one FILE: the training step that it is.  [default: from its name]",
 )
 @run_option
 @click.option(
@@ -32,7 +35,7 @@ from deltackpt.run import open_run
     multiple=True,
     callback=metric_values,
     metavar="NAME=VALUE",
-    help="With --step, a figure to list, and to retain by; may be given again.",
+    help="Of one FILE: a figure to list, and to retain by; may be given again.",
 )
 @click.option(
     "--overwrite", "existing", flag_value="overwrite", help="Supersede the steps that are there already."
@@ -55,36 +58,31 @@ def save(
 ) -> None:
     """Save each FILE (.safetensors, .npz, .pt, .pth, .bin) as one step; only what changed is written.
 
-    A FILE may be a pattern in quotes.  A step is durable and visible when its line is printed; files are
-    saved in the order of their steps.  The store is made if there is none.  A torch file is read without
+    A FILE may be a pattern in quotes. A step is durable and visible when its line is printed; files are
+    saved in the order of their steps. The store is made if there is none. A torch file is read without
     executing what it holds.
 
     Without --step the names tell which step each file is: the number after the word "step", if every name
     has one and they are not all the same; else the last number that is not the same in all names, counted
-    from the end.  A number is a run of digits without a decimal point; the 2-of-8 of a part is none.  A
-    directory counts as a part of the name: of a file that is alone, the one that it is in.  Names without
+    from the end. A number is a run of digits without a decimal point; the 2-of-8 of a part is none. A
+    directory counts as a part of the name: of a file that is alone, the one that it is in. Names without
     a number, or two with the same, are an error that lists them, before anything is saved.
 
     If the run has one of the steps already, nothing is saved, unless --overwrite or --skip-existing says
-    what to do.  A series that breaks off leaves the steps it saved; --skip-existing goes on from there.
+    what to do. A series that breaks off leaves the steps it saved; --skip-existing goes on from there.
 
     \b
     Examples:
       deltackpt save model.safetensors --step 1000 --metric loss=2.31
       deltackpt save 'ckpt/step_*.pt'
-      deltackpt save 'out/checkpoint-*/model.safetensors' --run sft --skip-existing
+      deltackpt save 'out/checkpoint-*/model.safetensors' --skip-existing
     """
     from deltackpt import series
 
     paths = series.find(file)
-    if step is not None:
-        if len(paths) > 1:
-            raise click.UsageError(f"--step is of one file, these are {len(paths)}: leave it out")
-        steps = {paths[0]: step}
-    elif metrics:
-        raise click.UsageError("--metric is of one step: say which with --step")
-    else:
-        steps = series.steps_of(paths)
+    if len(paths) > 1 and (step is not None or metrics):
+        raise click.UsageError(f"--step and --metric are of one file, these are {len(paths)}: leave them out")
+    steps = series.steps_of(paths) if step is None else {paths[0]: step}
     if dry_run:
         lines = [f"{path}: {run} step {s}" for path, s in steps.items()]
         told = [{"path": str(path), "step": s} for path, s in steps.items()]
@@ -120,14 +118,15 @@ def save(
     multiple=True,
     metavar="GLOB",
     shell_complete=complete_keys,
-    help="Only what this name or pattern matches; may be given again.  Nothing else is read.",
+    help="Only what this name or pattern matches; may be given again. Nothing else is read.",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="File to write: .safetensors, .npz or .pt.  [default: RUN-step-N.safetensors here]",
+    help="File to write, the extension says which kind: .safetensors, .npz or .pt."
+    "  [default: RUN-step-N.safetensors here]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 @output_options
@@ -144,7 +143,7 @@ def restore(
     """Write one step to a file, every byte checked.
 
     The file appears whole or not at all: damage is an error (exit code 5) that names the tensor, and
-    --step latest-good passes over damaged steps.  Values that are no tensors go into a .safetensors or .npz
+    --step latest-good passes over damaged steps. Values that are no tensors go into a .safetensors or .npz
     file as JSON beside the tensors; a .pt file holds the state as it was saved.
 
     \b

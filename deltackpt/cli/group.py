@@ -60,6 +60,10 @@ class Group(click.Group):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands as they were added: in the order in which people meet them."""
+        return list(self.commands)
+
 
 def _drop_output() -> None:
     """Let what stdout still holds go nowhere, so that the interpreter can close it without an error."""
@@ -106,14 +110,14 @@ def main() -> None:
     envvar="DELTACKPT_STORE",
     show_envvar=True,
     callback=store_path,
-    help="The store's directory.  Default: the current directory if it is a store, else ./checkpoints.",
+    help="The store's directory. Default: the current directory if it is a store, else ./checkpoints.",
 )
 @quiet_option
 @click.pass_context
 def cli(ctx: click.Context, store: Path) -> None:
     """Incremental training checkpoints: store only what changed, restore any step bit for bit.
 
-    What a command found or did goes to stdout, errors and progress to stderr.  Every command has --json and
+    What a command found or did goes to stdout, errors and progress to stderr. Every command has --json and
     its own --help.
 
     \b
@@ -127,7 +131,7 @@ def cli(ctx: click.Context, store: Path) -> None:
       6    the storage failed
       130  interrupted
       141  whoever read the output closed it
-    verify means by 1 that the store is damaged, and by 2 that it could not be checked.
+    Of verify, 1 means that the store is damaged, 2 that it was not checked.
 
     \b
     Examples:

@@ -164,7 +164,7 @@ def quiet_option(function: Function) -> Function:
         is_flag=True,
         expose_value=False,
         callback=_quiet,
-        help="Print no progress and no news of success; errors, and what was asked for, still are.",
+        help="Print no progress and no news of success.",
     )(function)
 
 

@@ -58,6 +58,7 @@ def plain(text: str) -> str:
 
 def answer(shown: str, data: Any, as_json: bool) -> None:
     """Print what was asked for, as text or as one JSON document."""
+    line.erase()
     if as_json:
         click.echo(json.dumps(data))
     else:
@@ -164,14 +165,14 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
         yield lambda done_size, total_size, now=what: None
         return
     start = time.monotonic()
-    last = start - _REDRAW_S
+    last, last_now = start, what
 
     def told(done_size: int, total_size: int, now: str = what) -> None:
-        nonlocal last
+        nonlocal last, last_now
         at = time.monotonic()
-        if at - last < _REDRAW_S:
+        if at - last < _REDRAW_S and now == last_now:
             return
-        last = at
+        last, last_now = at, now
         share = f"{100 * done_size / total_size:3.0f} %" if total_size else ""
         speed = f"{human_size(int(done_size / (at - start)))}/s" if at - start > 1 else ""
         line.draw(f"{now}  {share}  {human_size(done_size)} of {human_size(total_size)}  {speed}")

@@ -50,9 +50,9 @@ _N_HITS_SHOWN = 5
 def stats(store: Path, run: str | None, over_time: bool, as_json: bool) -> None:
     """Say what the steps take, where the saving comes from, and where there is little and why.
 
-    It reads records, lists and the index, no tensor.  In is what was handed in; unchanged, shared and
+    It reads records, lists and the index, no tensor. In is what was handed in; unchanged, shared and
     repeated are the parts of it that the store had already: from an earlier step of the run, from another
-    run, from the same step.  New is the rest, and stored what that takes in packs.  Weights, optimizer
+    run, from the same step. New is the rest, and stored what that takes in packs. Weights, optimizer
     moments and other are told apart by the tensors' names and dtypes.
 
     In the table of runs each is counted as if it were alone; only its own is what forgetting it would free.
@@ -140,8 +140,8 @@ def _steps(found: Stats) -> str:
 def gc(store: Path, dry_run: bool, force: bool, patience_s: float | None, as_json: bool) -> None:
     """Give back the space that no step needs; safe beside running saves.
 
-    Run it after forget, or from time to time.  It deletes packs that no step uses, rewrites those of much
-    waste, and removes what dead saves left.  With a save running it frees nothing yet: it says what it waits
+    Run it after forget, or from time to time. It deletes packs that no step uses, rewrites those of much
+    waste, and removes what dead saves left. With a save running it frees nothing yet: it says what it waits
     for, and a later call frees.
 
     \b
@@ -179,7 +179,7 @@ def gc(store: Path, dry_run: bool, force: bool, patience_s: float | None, as_jso
 def verify(ctx: click.Context, level: str | None, as_json: bool) -> None:
     """Check the store and name every damage; changes nothing.
 
-    By default it checks every record, and that every chunk that a step needs is there.  --stored reads all
+    By default it checks every record, and that every chunk that a step needs is there. --stored reads all
     that is stored, as to find what a disk has lost; --decode checks that each step would come back bit for
     bit.
 
@@ -225,8 +225,7 @@ def verify(ctx: click.Context, level: str | None, as_json: bool) -> None:
 def info(store: Path, as_json: bool) -> None:
     """Say which deltackpt this is, what it runs on, and what the store holds, if there is one.
 
-    "Kernels" says whether the C kernels run, or their slower twins in NumPy.  Put the output into a report
-    of a bug.
+    "Kernels" says whether the C kernels run, or their slower twins in NumPy. Put it into bug reports.
 
     \b
     Examples:

@@ -44,6 +44,7 @@ def completed(line: str, **env: str) -> list[str]:
         ("deltackpt forget --step 1", ["100"]),
         ("deltackpt restore --keys ", ["model.w", "model.b", "only_in_main"]),
         ("deltackpt restore --run ablation --step 7 --keys o", ["only_in_ablation"]),
+        ("deltackpt restore --step latest-good --keys model.w", ["model.w"]),
         ("deltackpt pin ", ["100", "90"]),
         ("deltackpt fork new --step 9", ["90"]),
         ("deltackpt diff ab", ["ablation@latest"]),

@@ -103,9 +103,9 @@ def save(
                 tell(str(one) if step is None else str(one.report or one), None, False)
     total = series.Total.of(done, round(time.perf_counter() - start, 6))
     if as_json and step is not None:
-        tell("", (done[0].report or done[0]).to_json(), True)
+        answer("", (done[0].report or done[0]).to_json(), True)
     elif as_json:
-        tell("", {"run": run, "steps": [one.to_json() for one in done], "total": total.to_json()}, True)
+        answer("", {"run": run, "steps": [one.to_json() for one in done], "total": total.to_json()}, True)
     elif len(done) > 1:
         tell(str(total), None, False)
 

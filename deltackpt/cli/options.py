@@ -120,6 +120,7 @@ def complete_keys(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
     def names() -> list[str]:
         step = ctx.params.get("step") or LATEST
+        step = LATEST if step == LATEST_GOOD else step  # to find that one takes reading all of it
         with open_run(_store(ctx), _run(ctx), create=False) as run:
             return [row.name for row in run.manifest(step).tensors]
 

@@ -285,7 +285,10 @@ class Run:
             goes = decided.goes
         except DeltackptError as e:
             log.warning(
-                "run %r step %d is saved, but no step was forgotten: %s", self.name, report.step, e.message
+                "run %r step %d is saved, but not all that may go is forgotten: %s",
+                self.name,
+                report.step,
+                e.message,
             )
         end = time.perf_counter()
         seconds = {**report.seconds, "retain": end - before}

@@ -24,6 +24,7 @@ from deltackpt.chunking import Chunker
 from deltackpt.errors import CorruptError, FormatError, UnsupportedVersionError
 from deltackpt.format import LAYOUTS, LIST_HEADER, PACK_HEADER, TABLES, load_json, seal, unseal
 from deltackpt.records import Commit, Figures, Slot
+from deltackpt.retention import these
 from deltackpt.run import open_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
@@ -282,11 +283,16 @@ def test_a_save_flushes_as_often_as_the_page_says(tmp_path: Path):
         run.save({"w": np.full(1000, value)}, step=step, **options)
         return calls.n_fsyncs - before
 
+    def cost_with_a_rule() -> int:
+        run.keep = these([1, 2, 3])
+        return cost(3, 5)
+
     assert {
         "the first save of a process into a run, new chunks": cost(1, 2),
         "nothing new in it": cost(1, 3),
         "new chunks, in one pack of up to 128 MiB": cost(2, 4),
         "new chunks, superseding a step": cost(3, 4, overwrite=True),
+        "nothing new in it, and a rule lets one step go": cost_with_a_rule(),
     } == told
 
 

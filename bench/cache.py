@@ -101,7 +101,9 @@ class Series:
         return {**asdict(self), "saves": saves}
 
 
-def flatten(state: Any, keys: tuple[str | int, ...] = ()) -> tuple[Tensors, dict[str, list[str | int]], Plain]:
+def flatten(
+    state: Any, keys: tuple[str | int, ...] = ()
+) -> tuple[Tensors, dict[str, list[str | int]], Plain]:
     """Take a nested state apart: tensors by flat name, the keys that lead to each, and the rest."""
     if isinstance(state, torch.Tensor):
         name = "/".join(map(str, keys))

@@ -348,6 +348,7 @@ def series(regime: str, size: str, seed: int, cache_dir: Path) -> Series:
 
     def train() -> Iterator[Save]:
         torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)  # the same bytes whatever the number of cores
         return REGIMES[regime].train(SIZES[size], seed)
 
     return cached(cache_dir, regime, REGIMES[regime].title, f"{size}-seed{seed}", train)

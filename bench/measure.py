@@ -80,6 +80,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def save_all(name: str, series: Series, at: Path) -> tuple[list[float], list[int], int]:
     peer, save_s, stored_size, most_size = PEERS[name](at), [], [], 0
     peer.prepare()
+    gc.freeze()  # what the imports left is not looked through after each save
     own_size = memory("self", "VmRSS")
     for saved in series.saves:
         given = given_to(peer, saved)

@@ -72,10 +72,21 @@ class SavedState:
         """The flat tensors, in memory of their own: no map of the file is left."""
         return {name: tensor.clone() for name, tensor in load_file(self.path).items()}
 
-    def state(self) -> dict[str, Any]:
-        """The nested state, as the training had it."""
+    def fill(self, tensors: Tensors) -> None:
+        """Make these the flat tensors, in the memory they have, as an optimizer's step does."""
+        found = load_file(self.path)
+        for name in tensors.keys() - found.keys():
+            del tensors[name]
+        for name, tensor in found.items():
+            old = tensors.get(name)
+            if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+                old.copy_(tensor)
+            else:
+                tensors[name] = tensor.clone()
+
+    def nested(self, tensors: Tensors) -> dict[str, Any]:
+        """The nested state of these flat tensors, as the training had it."""
         state: dict[str, Any] = {}
-        tensors = self.tensors()
         for keys, value in [*((self.keys[name], tensors[name]) for name in self.keys), *self.plain]:
             at = state
             for key in keys[:-1]:

@@ -79,27 +79,28 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def save_all(name: str, series: Series, at: Path) -> tuple[list[float], list[int], int]:
     peer, save_s, stored_size, most_size = PEERS[name](at), [], [], 0
+    tensors: Tensors = {}
     peer.prepare()
     gc.freeze()  # what the imports left is not looked through after each save
     own_size = memory("self", "VmRSS")
     for saved in series.saves:
-        given = given_to(peer, saved)
+        given = given_to(peer, saved, tensors)
         with measured() as cost:
             peer.save(given)
         save_s.append(cost.seconds)
         stored_size.append(tree_size(peer.store))
         state_size = 0 if peer.takes_files else saved.state_size
         most_size = max(most_size, cost.peak_size - own_size - state_size, peer.tool_peak_size)
-        del given
         gc.collect()
     return save_s, stored_size, most_size
 
 
-def given_to(peer: Peer, saved: SavedState) -> Given:
+def given_to(peer: Peer, saved: SavedState, tensors: Tensors) -> Given:
+    """What a tool gets; `tensors` stay where they are from save to save, as a training's do."""
     if peer.takes_files:
         return Given(saved.run, saved.step, {}, {}, Path(saved.path))
-    state = saved.state()
-    return Given(saved.run, saved.step, state, flatten(state)[0], Path(saved.path))
+    saved.fill(tensors)
+    return Given(saved.run, saved.step, saved.nested(tensors), tensors, Path(saved.path))
 
 
 def restore_last(name: str, series: Series, at: Path) -> tuple[float, int, bool]:

@@ -103,8 +103,8 @@ def saved(regime: str, size: str, cache_dir: Path, at: Path) -> tuple[Path, dict
     """A store with a whole series, and the last state."""
     saves = series(regime, size, 0, cache_dir).saves
     for save in saves:
-        delta.save(save.state(), at / regime, step=save.step)
-    return at / regime, saves[-1].state()
+        delta.save(save.nested(save.tensors()), at / regime, step=save.step)
+    return at / regime, saves[-1].nested(saves[-1].tensors())
 
 
 def last_step(store: Path) -> int:

@@ -107,6 +107,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for training in trainings:
             figures = measure_in_turns(ready, training, options.repeats, Path(at))
             results["regimes"][training.regime] = {**training.to_json(), "peers": figures}
+            if options.json:  # after each regime: a long run that is cut short has not been for nothing
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -130,8 +132,6 @@ def main() -> None:
         results = json.loads(options.from_json.read_text())
     else:
         results = run(options)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.markdown:
         options.markdown.write_text(tables.markdown(results))
     if options.plots:

@@ -157,3 +157,20 @@ def test_every_figure_in_which_a_peer_is_better_is_said():
         "seconds saving, all saves of the series, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
         "seconds restoring the last save, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
     ]
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_a_partial_load_reads_is_counted(tmp_path: Path):
+    from partial import counted, names_of_a_share
+
+    from deltackpt import delta
+
+    torch.manual_seed(0)
+    state = {"large": torch.randn(300_000), "small": torch.randn(3000), "tiny": torch.randn(30)}
+    delta.save(state, tmp_path / "store", step=1)
+    assert names_of_a_share(tmp_path / "store", 0.05) == (["tiny", "small"], 12_120)
+    part_size, part = counted(tmp_path / "store", lambda backend: delta.load(backend, keys=["tiny", "small"]))
+    whole_size, _ = counted(tmp_path / "store", delta.load)
+    assert part.keys() == {"tiny", "small"}
+    assert 6000 < part_size < 60_000
+    assert 600_000 < whole_size - part_size < 1_200_000

@@ -23,7 +23,6 @@ from typing import Any
 
 import plots
 import tables
-import torch
 from cache import Series, default_cache
 from measure import Measurement, measure
 from peers import PEERS
@@ -92,7 +91,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": {
             "n_cores": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
-            "torch": torch.__version__,
             "kernels": kernels.describe(),
         },
         "peers": peers,

@@ -109,11 +109,14 @@ def cell(measure: Measure, figures: dict[str, Any], peer: str) -> Cell:
 
 
 def heading(results: dict[str, Any]) -> str:
+    """What was measured, on what, and which versions."""
     machine = results["machine"]
+    versions = [
+        f"{peer} {facts['version']}" for peer, facts in results["peers"].items() if facts["installed"]
+    ]
     return (
         f"size {results['size']}, seed {results['seed']}, medians of {results['repeats']}; "
-        f"{machine['n_cores']} cores, Python {machine['python']}, torch {machine['torch']}, "
-        f"{machine['kernels']}"
+        f"{machine['n_cores']} cores, Python {machine['python']}, {machine['kernels']}; {', '.join(versions)}"
     )
 
 

@@ -10,7 +10,7 @@ What is stored for one or several arrays of one stretch of memory is
 *  the stretch, as plain elements of one axis, if there are several and none of them fills it.
 
 A stretch ends where no array spans both sides, so views that meet nowhere, as the parameters in one flat
-buffer, are tensors of their own.
+buffer, are tensors of their own; so are a few columns of a large matrix, which only lie between each other.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from deltackpt.arrays import Facts, memory, packed
 from deltackpt.dtypes import carrier
 from deltackpt.layout import Layout
 from deltackpt.types import U8, WHOLE, Deferred, Tensor, View
+
+#: Bytes of arrays that lie between each other, up to which it is looked whether they share one.
+_APART_SIZE_MAX = 16 << 20
 
 
 class Source(NamedTuple):
@@ -73,7 +78,10 @@ def gather(arrays: Sequence[Facts]) -> tuple[list[Source], list[tuple[int, View]
     """
     sources: list[Source] = []
     views: list[tuple[int, View]] = [(0, WHOLE)] * len(arrays)
-    for group in sorted(_groups(arrays)):
+    found = (
+        part for group in groups(arrays) for part in (_apart(arrays, group) if len(group) > 1 else [group])
+    )
+    for group in sorted(found):
         facts = arrays[group[0]]
         if len(group) == 1 and facts.is_simple:  # nearly all are: 3 us each instead of 25
             source = Source(group[0], facts.dtype, facts.layout.shape, facts, facts.layout.span)
@@ -86,7 +94,7 @@ def gather(arrays: Sequence[Facts]) -> tuple[list[Source], list[tuple[int, View]
     return sources, views
 
 
-def _groups(arrays: Sequence[Facts]) -> list[list[int]]:
+def groups(arrays: Sequence[Facts]) -> list[list[int]]:
     """Return which arrays share a stretch of memory, each group in order; empty ones share by identity."""
     spans: dict[Hashable, list[tuple[int, int, int]]] = {}
     empty: dict[int, list[int]] = {}
@@ -96,24 +104,40 @@ def _groups(arrays: Sequence[Facts]) -> list[list[int]]:
             spans.setdefault(facts.space, []).append((start, stop, i))
         else:
             empty.setdefault(id(facts.array), []).append(i)
-    groups = list(empty.values())
-    for found in spans.values():
-        found.sort()
-        end = found[0][0]
-        for start, stop, i in found:
+    found = list(empty.values())
+    for stretch in spans.values():
+        stretch.sort()
+        end = stretch[0][0]
+        for start, stop, i in stretch:
             if start < end:
-                groups[-1].append(i)
+                found[-1].append(i)
             else:
-                groups.append([i])
+                found.append([i])
             end = max(end, stop)
-    return [sorted(group) for group in groups]
+    return [sorted(group) for group in found]
+
+
+def _apart(arrays: Sequence[Facts], group: list[int]) -> list[list[int]]:
+    """Split a group that shares no byte, if most of the stretch is nobody's."""
+    layouts = list(dict.fromkeys(arrays[i].layout for i in group))
+    size = sum(layout.narrowed().size for layout in layouts)
+    stretch = max(layout.span[1] for layout in layouts) - min(layout.span[0] for layout in layouts)
+    if len(layouts) == 1 or 2 * size > stretch or size > _APART_SIZE_MAX:
+        return [group]
+    parts = [layout.narrowed().addresses() for layout in layouts]
+    ends = np.concatenate([part + layout.itemsize for part, layout in zip(parts, layouts, strict=True)])
+    starts = np.concatenate(parts)
+    order = np.argsort(starts)
+    if (starts[order][1:] < ends[order][:-1]).any():
+        return [group]
+    return [[i for i in group if arrays[i].layout == layout] for layout in layouts]
 
 
 def _source(arrays: Sequence[Facts], group: list[int]) -> Source:
     """Return what is stored for the arrays of one stretch of memory."""
     first = arrays[group[0]]
     spans = [arrays[i].layout.span for i in group]
-    whole = min(start for start, _ in spans), max(stop for _, stop in spans)
+    whole = _aligned(arrays, group, min(start for start, _ in spans)), max(stop for _, stop in spans)
     fits = [i for i, span in zip(group, spans, strict=True) if span == whole and _is_solid(arrays[i])]
     if fits:
         owner = next((i for i in fits if arrays[i].layout.is_plain), fits[0])
@@ -129,6 +153,17 @@ def _source(arrays: Sequence[Facts], group: list[int]) -> Source:
         dtype, itemsize = "uint8", 1
     plain = Layout.plain(((whole[1] - whole[0]) // itemsize,), itemsize, whole[0])
     return _carried(replace(first, dtype=dtype, layout=plain), group[0], whole)
+
+
+def _aligned(arrays: Sequence[Facts], group: list[int], start: int) -> int:
+    """Return where a stretch begins: torch makes a view only at a multiple of its itemsize."""
+    first = arrays[group[0]]
+    itemsizes = {arrays[i].layout.itemsize for i in group}
+    if first.framework != "torch" or len(itemsizes) == 1:
+        return start
+    # The storage's own start is such a place for all of them.
+    storage: int = first.layout.offset - first.array.storage_offset() * first.layout.itemsize
+    return start - (start - storage) % max(itemsizes)
 
 
 def _is_solid(facts: Facts) -> bool:

@@ -100,18 +100,6 @@ def look(x: Array, name: str = "array") -> Facts:
     return _look_numpy(x, name) if isinstance(x, np.ndarray) else _look_torch(x, name)
 
 
-def describe(x: Array, name: str = "array") -> tuple[str, tuple[int, ...]]:
-    """Return an array's dtype, as `dtypes` writes it down, and its shape; refuses what `look` refuses.
-
-    Examples
-    --------
-    >>> describe(np.zeros((2, 3), np.float32))
-    ('float32', (2, 3))
-    """
-    facts = look(x, name)
-    return facts.dtype, facts.layout.shape
-
-
 def memory(facts: Facts, start: int, stop: int, *, writable: bool = False) -> U8:
     """Return the bytes from one address to another of an array's memory, or a copy if it is elsewhere.
 
@@ -167,7 +155,7 @@ def allocate(dtype: str, shape: Sequence[int], framework: Framework) -> tuple[Ar
     Parameters
     ----------
     dtype : str
-        A key of `DTYPE_SIZES`.
+        A key of `DTYPE_SIZES`; for NumPy as `dtypes` writes it down.
     shape : sequence of int
         ``()`` for a 0-d array.
     framework : {"numpy", "torch"}
@@ -271,10 +259,10 @@ def _torch_view(base: Array, dtype: str, what: View, layout: Layout) -> Array:
 def _strided(x: Array, dtype: str, layout: Layout) -> Array:
     """Return a torch tensor over the storage of another; `layout` counts from the storage's start."""
     torch = sys.modules["torch"]
-    kind = getattr(torch, dtype)
+    kind = _torch_dtype(dtype)
+    if any(n % kind.itemsize for n in (layout.offset, *layout.strides)):
+        raise ValueError(f"elements of {kind.itemsize} bytes cannot lie there in torch")
     strides = [stride // kind.itemsize for stride in layout.strides]
-    if [s * kind.itemsize for s in strides] != list(layout.strides) or layout.offset % kind.itemsize:
-        raise ValueError(f"strides {layout.strides} do not fit elements of {kind.itemsize} bytes")
     made = torch.empty(0, dtype=kind, device=x.device)
     # The caller has checked that all of it is in there: set_() would make a storage that is too small larger.
     return made.set_(x.untyped_storage(), layout.offset // kind.itemsize, layout.shape, strides)
@@ -375,10 +363,7 @@ def compact(dtype: str, framework: Framework, data: U8, layout: Layout) -> Array
     array([[5, 7],
            [2, 4]], dtype=uint8)
     """
-    if dtype in DTYPE_SIZES:
-        array, _ = allocate(dtype, layout.shape, framework)
-    else:
-        array = np.empty(layout.shape, dtypes.numpy_dtype(dtype))
+    array, _ = allocate(dtype, layout.shape, framework if dtype in DTYPE_SIZES else "numpy")
     if layout.size:
         copy_into(array, data, layout)
     return array
@@ -389,6 +374,16 @@ def as_torch(x: np.ndarray[Any, Any], dtype: str) -> Array:
     torch = sys.modules["torch"]
     carried = x.view(_TORCH_CARRIERS[x.itemsize])
     return torch.from_numpy(np.require(carried, None, ["C", "W"])).view(getattr(torch, dtype))
+
+
+def as_numpy(x: Array) -> np.ndarray[Any, Any]:
+    """Return an array of NumPy's with the elements of one of either framework."""
+    if isinstance(x, np.ndarray):
+        return x
+    facts = look(x)
+    data = np.frombuffer(bytes_of(x), np.uint8)
+    array: np.ndarray[Any, Any] = data.view(dtypes.numpy_dtype(facts.dtype)).reshape(facts.layout.shape)
+    return array
 
 
 def bytes_of(x: Array) -> bytes:
@@ -456,10 +451,12 @@ def _look_torch(x: Array, name: str) -> Facts:
             f"{name}: cannot keep a {kind.__module__}.{kind.__qualname__} as it is, expected a plain tensor",
             hint="pass its parts as plain tensors; for a DTensor, pass x.to_local() or x.full_tensor()",
         )
-    if x.layout is not torch.strided:
+    if x.layout is not torch.strided or x.is_nested:
         hint = "pass x.to_dense(), or its indices and values"
         raise InvalidInputError(
-            f"{name}: layout {x.layout} cannot be stored, expected a dense tensor", hint=hint
+            f"{name}: layout {'nested' if x.is_nested else x.layout} cannot be stored, "
+            "expected a dense tensor",
+            hint=hint,
         )
     dtype = _torch_names().get(x.dtype)
     if dtype is None:
@@ -469,10 +466,8 @@ def _look_torch(x: Array, name: str) -> Facts:
         )
     itemsize = DTYPE_SIZES[dtype]
     shape = tuple(x.shape)
-    # FSDP frees parameters by shrinking their storage to nothing: reading one would read address 0.
-    if not x.data_ptr() and x.numel() and (x.is_cpu or x.is_meta):
-        kind_of = "a meta tensor" if x.is_meta else "a tensor whose storage was freed"
-        raise InvalidInputError(f"{name}: {kind_of} has no bytes", hint="give it its values first")
+    if x.is_meta and x.numel():
+        raise InvalidInputError(f"{name}: a meta tensor has no bytes", hint="give it its values first")
     device = None if x.is_cpu else str(x.device)
     parameter = kind is torch.nn.Parameter
     if x.is_conj() or x.is_neg():  # the memory whose signs it changes when read is no copy of it
@@ -482,18 +477,18 @@ def _look_torch(x: Array, name: str) -> Facts:
         space = device or "torch"
         strides = tuple([stride * itemsize for stride in x.stride()])
         strides = strides if x.numel() else plain_strides(shape, itemsize)
+        # FSDP frees parameters by shrinking their storage: reading one would read what is somebody else's.
+        span = Layout(shape, strides, x.storage_offset() * itemsize, itemsize).span
+        if x.numel() and span[1] > x.untyped_storage().nbytes():
+            raise InvalidInputError(
+                f"{name}: a tensor whose storage was freed has no bytes", hint="give it its values first"
+            )
         layout, is_direct = Layout(shape, strides, x.data_ptr(), itemsize), x.is_cpu
     return Facts(x, "torch", dtype, layout, space, is_direct, parameter, x.requires_grad, device)
 
 
 def _allocate_torch(dtype: str, shape: Sequence[int]) -> tuple[Array, U8]:
-    import torch
-
-    kind = None if dtype in NOT_IN_TORCH else getattr(torch, dtype, None)
-    if kind is None:
-        raise MissingDependencyError(
-            f"torch {torch.__version__} has no dtype {dtype}", hint="pip install -U torch"
-        )
+    torch, kind = sys.modules["torch"], _torch_dtype(dtype)
     try:
         array = torch.empty(tuple(shape), dtype=kind, device="cpu")
     except RuntimeError as error:
@@ -503,6 +498,16 @@ def _allocate_torch(dtype: str, shape: Sequence[int]) -> tuple[Array, U8]:
     data = _torch_bytes(array, dtype)
     _ask_for_huge_pages(data)
     return array, data
+
+
+def _torch_dtype(name: str) -> Any:
+    torch = sys.modules["torch"]
+    kind = None if name in NOT_IN_TORCH or name not in DTYPE_SIZES else getattr(torch, name, None)
+    if kind is None:
+        raise MissingDependencyError(
+            f"torch {torch.__version__} has no dtype {name}", hint="pip install -U torch"
+        )
+    return kind
 
 
 def _numpy_bytes(x: Array) -> U8:

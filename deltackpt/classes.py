@@ -1,7 +1,7 @@
 """Classes: the users' own namedtuples and dataclasses that may stand in a state.
 
 Owns   telling which objects are nothing but their fields, and making them again from those.
-Never  imports a module, or runs a constructor: a state that was read must not choose code to run.
+Never  imports a module, or runs a constructor or a destructor that a state chose.
 """
 
 from __future__ import annotations
@@ -62,12 +62,23 @@ def take_apart(x: Any, where: str) -> tuple[str, list[tuple[str, Any]]]:
                 f"{where}: a {name} that is more than its fields", hint="pass tuple(x) and the rest beside it"
             )
         return name, list(zip(fields, x, strict=True))
-    missing = [field for field in fields if not hasattr(x, field)]
-    more = sorted(set(getattr(x, "__dict__", ())) - set(fields))
+    slots = {slot for base in kind.__mro__ for slot in _slots(base) if hasattr(x, slot)}
+    held = set(getattr(x, "__dict__", ())) | slots
+    missing = [field for field in fields if field not in held]
+    more = sorted(held - set(fields))
     if missing or more:
         found = f"lacks the fields {missing}" if missing else f"has attributes that are no fields: {more}"
         raise InvalidInputError(f"{where}: this {name} {found}", hint="pass vars(x)")
     return name, [(field, getattr(x, field)) for field in fields]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    return (
+        (slots,)
+        if isinstance(slots, str)
+        else tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
+    )
 
 
 def put_together(kind: Kind, name: str, items: Sequence[tuple[str, Any]], where: str) -> Any:
@@ -92,7 +103,7 @@ def put_together(kind: Kind, name: str, items: Sequence[tuple[str, Any]], where:
     is_kind = isinstance(found, type) and (
         _is_namedtuple(found) if kind == "namedtuple" else dataclasses.is_dataclass(found)
     )
-    if not is_kind or (kind == "dataclass" and issubclass(found, _BUILTINS)):
+    if not is_kind or hasattr(found, "__del__") or (kind == "dataclass" and issubclass(found, _BUILTINS)):
         raise FormatError(f"{where}: {name} is no {kind}")
     fields, saved = _fields(found), tuple(field for field, _ in items)
     if fields != saved:
@@ -124,5 +135,8 @@ def _find(name: str) -> type | None:
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+        try:  # past __getattr__ and lazy modules, which run code
+            found = object.__getattribute__(found, "__dict__").get(part)
+        except AttributeError:
+            return None
     return found if isinstance(found, type) else None

@@ -6,7 +6,6 @@ Never  holds more than a batch of tensors in memory (but for torch's files), or 
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,11 @@ from deltackpt import arrays, files, leaves, restore
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.files import TensorSpec
 from deltackpt.layout import Layout
+from deltackpt.loader import check_inside
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.records import Commit
 from deltackpt.run import Run, read_manifest
-from deltackpt.structure import Leaf
+from deltackpt.structure import Leaf, Names
 
 #: Extensions that `export` writes.
 WRITABLE = (".safetensors", ".npz", ".pt")
@@ -170,19 +170,18 @@ def _items(manifest: Manifest, keys: Sequence[str] | None) -> tuple[Any, list[_I
         structure, _ = leaves.select(structure, names, keys)
     items: list[_Item] = []
     numbers: dict[Any, int] = {}
-    taken: set[str] = set()
+    given = Names()
 
     def node(leaf: Leaf, name: str) -> Any:
         row, view = manifest.tensors[leaf.at], leaf.view
+        check_inside(row, leaf)
         what = leaf.at, view.dtype, view.layout
         if what not in numbers:
             numbers[what] = len(items)
             shape = row.shape if view.layout is None else view.layout.shape
-            unique = next(
-                n for i in itertools.count(1) if (n := name if i == 1 else f"{name}#{i}") not in taken
+            items.append(
+                _Item(TensorSpec(given.unique(name), view.dtype or row.dtype, shape), row, view.layout)
             )
-            taken.add(unique)
-            items.append(_Item(TensorSpec(unique, view.dtype or row.dtype, shape), row, view.layout))
         return {"tensor" if leaf.is_array else leaf.tag: numbers[what]}
 
     return leaves.rewritten(structure, names, node), items

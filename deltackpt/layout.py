@@ -18,6 +18,8 @@ from deltackpt.errors import InvalidInputError
 
 #: Elements nearer than this count as one run: no chunk but a tensor's last is smaller (chunking.Chunker).
 _NEAR = 1 << 16
+#: Runs of an array of 256 GiB whose elements do not overlap, at most.
+_N_RUNS_MAX = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,13 @@ class Layout:
             axis += 1
         return Layout(tuple(shape), tuple(strides), offset, self.itemsize)
 
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Return where each element is, in no order."""
+        found = np.full(1, self.offset, np.int64)
+        for n, stride in zip(self.shape, self.strides, strict=True):
+            found = (found[:, None] + stride * np.arange(n, dtype=np.int64)).reshape(-1)
+        return found
+
     def runs(self) -> tuple[npt.NDArray[np.int64], int]:
         """Return where runs of bytes start that hold all elements, and how long each of them is.
 
@@ -166,7 +175,11 @@ class Layout:
                 length += (n - 1) * stride
             else:
                 outer.append((stride, n))
-        starts = np.full(1, start, np.int64) if 0 not in self.shape else np.zeros(0, np.int64)
+        if 0 in self.shape:
+            return np.zeros(0, np.int64), length
+        starts = np.full(1, start, np.int64)
+        if math.prod(n for _, n in outer) > _N_RUNS_MAX:  # only of elements that overlap: all of it, then
+            return starts, self.span[1] - start
         for stride, n in outer:
             starts = (starts[:, None] + stride * np.arange(n, dtype=np.int64)).reshape(-1)
         return np.sort(starts), length

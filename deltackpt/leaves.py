@@ -12,8 +12,10 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from deltackpt.aliases import groups
 from deltackpt.arrays import Array, Facts, is_array, look
 from deltackpt.classes import kind_of
 from deltackpt.errors import FormatError, InvalidInputError, NotFoundError
@@ -23,6 +25,7 @@ from deltackpt.structure import (
     Attribute,
     Json,
     Leaf,
+    Names,
     Path,
     key_node,
     key_of_path,
@@ -36,6 +39,8 @@ from deltackpt.tree import no_recursion_error
 from deltackpt.types import State
 
 _N_LISTED_MAX = 50
+#: Names are the paths spelled out: nested keys of a small structure can make large ones.
+_NAMES_SIZE_MAX = 256 << 20
 _DROPPED = object()
 
 
@@ -48,7 +53,7 @@ def leaf_names(structure: Json, tensor_names: Sequence[str]) -> list[str]:
     >>> leaf_names({"map": {"w": {"tensor": 0}, "betas": {"tuple": [0.9, 0.99]}}}, ["w"])
     ['w', 'betas.0', 'betas.1']
     """
-    return [_leaf_name(path, node, tensor_names) for path, node in _walk(structure)]
+    return [called for _, _, called in _named_walk(structure, tensor_names)]
 
 
 @no_recursion_error(FormatError)
@@ -61,14 +66,10 @@ def plain_leaves(structure: Json, tensor_names: Sequence[str]) -> dict[str, Json
     {'betas.0': 0.9, 'betas.1': 0.99}
     """
     found: dict[str, Json] = {}
-    for path, node in _walk(structure):
+    names = Names()  # keys may hold dots themselves
+    for path, node, called in _named_walk(structure, tensor_names):
         if leaf(node, len(tensor_names), path) is None:
-            called = first = name(path)
-            n = 1
-            while called in found:  # keys may hold dots themselves
-                n += 1
-                called = f"{first}#{n}"
-            found[called] = node
+            found[names.unique(called)] = node
     return found
 
 
@@ -105,8 +106,7 @@ def find(structure: Json, tensor_names: Sequence[str], wanted: str) -> Leaf:
             f"name: found {wanted!r:.80}, expected a tensor's name", hint="deltackpt show"
         )
     arrays = []
-    for path, node in _walk(structure):
-        called = _leaf_name(path, node, tensor_names)
+    for path, node, called in _named_walk(structure, tensor_names):
         found = leaf(node, len(tensor_names), path)
         if found is not None and found.is_array:
             if called == wanted:
@@ -193,7 +193,7 @@ def rewritten(structure: Json, tensor_names: Sequence[str], node: Callable[[Leaf
     return _rewritten(structure, tensor_names, node, None, 0)
 
 
-class Row(NamedTuple):
+class Wanted(NamedTuple):
     """What an array that a leaf stands for must be.
 
     Parameters
@@ -212,7 +212,7 @@ class Row(NamedTuple):
 
 
 def pair_into(
-    found: Sequence[Leaf], into: State, rows: Callable[[Leaf], Row], *, strict: bool = True
+    found: Sequence[Leaf], into: State, wanted: Callable[[Leaf], Wanted], *, strict: bool = True
 ) -> list[tuple[int, Array]]:
     """Match a snapshot's arrays with those they are to be loaded into, by key path.
 
@@ -223,7 +223,7 @@ def pair_into(
     into : State
         Nested like the saved state.  What is no array in it is ignored; a list's element matches a dict's
         integer key.
-    rows : callable
+    wanted : callable
         Tells what a leaf's array must be.
     strict : bool
         Whether every array must have its counterpart.
@@ -243,7 +243,7 @@ def pair_into(
     --------
     >>> import numpy as np
     >>> found = named({"map": {"w": {"tensor": 0}}}, 1)
-    >>> pair_into(found, {"w": np.zeros(2)}, lambda leaf: Row("w", "float64", Layout.plain((2,), 8)))
+    >>> pair_into(found, {"w": np.zeros(2)}, lambda leaf: Wanted("w", "float64", Layout.plain((2,), 8)))
     [(0, array([0., 0.]))]
     """
     stored = _by_path("state", ((one.path, i) for i, one in enumerate(found) if one.is_array))
@@ -259,22 +259,14 @@ def pair_into(
             if key not in stored
         ]
     pairs: list[tuple[int, Array]] = []
-    taken: dict[Any, tuple[int, Row]] = {}
+    targets: list[Facts] = []
     for key, (path, at) in stored.items():
-        if key not in given:
-            continue
-        array = given[key][1]
-        row = rows(found[at])
-        facts = _fitting(array, row, path, problems)
-        if facts is None:
-            continue
-        memory = (facts.space, facts.layout) if facts.layout.size else id(array)
-        first, other = taken.setdefault(memory, (found[at].at, row))
-        if (first, other.layout) != (found[at].at, row.layout):
-            names = f"{other.name!r} and {row.name!r}"
-            problems.append(f"{where('into', path)}: the same array for two tensors of the snapshot, {names}")
-            continue
-        pairs.append((at, array))
+        if key in given:
+            facts = _fitting(given[key][1], wanted(found[at]), path, problems)
+            if facts is not None:
+                pairs.append((at, given[key][1]))
+                targets.append(facts)
+    problems += _clashes([found[at] for at, _ in pairs], targets, wanted)
     if problems:
         raise _all_of(problems)
     return pairs
@@ -295,12 +287,25 @@ def _walk(structure: Json) -> Iterator[tuple[Path, Json]]:
             todo.extend(((path, k), child, depth + LEVELS[tag]) for k, child in reversed(items))
 
 
+def _named_walk(structure: Json, tensor_names: Sequence[str]) -> Iterator[tuple[Path, Json, str]]:
+    """Yield every leaf with its name; refuse a structure whose names take up memory as no state's do."""
+    total_size = 0
+    for path, node in _walk(structure):
+        called = _leaf_name(path, node, tensor_names)
+        total_size += len(called)
+        if total_size > _NAMES_SIZE_MAX:
+            raise FormatError(f"state: the names of its leaves take more than {_NAMES_SIZE_MAX} bytes")
+        yield path, node, called
+
+
 def _leaf_name(path: Path, node: Json, tensor_names: Sequence[str]) -> str:
     called = name(path)
     found = leaf(node, len(tensor_names), path)
+    if found is None:
+        return called
     # "a.b#2" is this leaf's own; any other name is that of the leaf it is tied to.
-    is_own = found is not None and tensor_names[found.at].startswith(f"{called}#")
-    return tensor_names[found.at] if found is not None and is_own else called
+    own, hash_, number = tensor_names[found.at].rpartition("#")
+    return tensor_names[found.at] if hash_ and own == called and number.isdecimal() else called
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
@@ -425,7 +430,7 @@ def _by_path(root: str, found: Iterable[tuple[Path, Any]]) -> dict[Any, tuple[Pa
     return known
 
 
-def _fitting(array: Array, row: Row, path: Path, problems: list[str]) -> Facts | None:
+def _fitting(array: Array, row: Wanted, path: Path, problems: list[str]) -> Facts | None:
     """Return what is known of an array that fits, else say what is wrong."""
     try:
         facts = look(array, where("into", path))
@@ -439,6 +444,29 @@ def _fitting(array: Array, row: Row, path: Path, problems: list[str]) -> Facts |
         f"{where('into', path)}: found {facts.dtype} {facts.layout.shape}, expected {row.dtype} {shape}"
     )
     return None
+
+
+def _clashes(
+    found: Sequence[Leaf], targets: Sequence[Facts], wanted: Callable[[Leaf], Wanted]
+) -> Iterator[str]:
+    """Say which arrays share memory that the snapshot's do not share in the same way."""
+    one_space = [replace(facts, space="cpu") if facts.is_direct else facts for facts in targets]
+    for group in groups(one_space):
+        if len(group) == 1 or not targets[group[0]].layout.size:
+            continue
+        placed = set()
+        for i in group:
+            layout, target = wanted(found[i]).layout, targets[i].layout
+            strides = tuple(s if n > 1 else 0 for n, s in zip(target.shape, target.strides, strict=True))
+            # What lies as far from its tensor's start, in the same strides, is that tensor's memory anew.
+            same = strides == tuple(
+                s if n > 1 else 0 for n, s in zip(layout.shape, layout.strides, strict=True)
+            )
+            placed.add((found[i].at, target.offset - layout.offset if same else (i,)))
+        is_tied = len({(found[i].at, wanted(found[i]).layout, targets[i].layout) for i in group}) == 1
+        if len(placed) > 1 and not is_tied:
+            names = " and ".join(where("into", found[i].path) for i in group[:4])
+            yield f"{names}: share memory otherwise than in the snapshot"
 
 
 def _all_of(problems: Sequence[str]) -> InvalidInputError:

@@ -16,7 +16,7 @@ import numpy as np
 from deltackpt import arrays, leaves, tree
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
 from deltackpt.layout import Layout
-from deltackpt.leaves import Row
+from deltackpt.leaves import Wanted
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.restore import fill, part, spans
 from deltackpt.store import Store
@@ -55,15 +55,17 @@ def load(
     if keys is not None:
         structure, _ = leaves.select(structure, [row.name for row in rows], keys)
     found = leaves.named(structure, len(rows))
+    # Everything that can be told before a byte is read, and before the caller's arrays are written.
+    tree.check(structure, len(rows), allow_pickle=allow_pickle)
     for leaf in found:
-        _check_inside(rows[leaf.at], leaf)
+        check_inside(rows[leaf.at], leaf)
     if into is None:
         later = {i for i, leaf in enumerate(found) if lazy and leaf.is_array}
         values = _new(store, rows, [leaf for i, leaf in enumerate(found) if i not in later], device_map)
         if lazy:
             values = _with_lazy(store, rows, found, values, device_map, reading)
     else:
-        pairs = leaves.pair_into(found, into, lambda leaf: _row(rows[leaf.at], leaf), strict=strict)
+        pairs = leaves.pair_into(found, into, lambda leaf: _wanted(rows[leaf.at], leaf), strict=strict)
         placed = dict(pairs)
         dropped = {i for i, leaf in enumerate(found) if leaf.is_array and i not in placed}
         if dropped:
@@ -82,7 +84,7 @@ def read(
     """Read one array, or what an index picks of it, as `deltackpt.delta.read` says."""
     rows = manifest.tensors
     leaf = leaves.find(manifest.structure, [row.name for row in rows], wanted)
-    _check_inside(rows[leaf.at], leaf)
+    check_inside(rows[leaf.at], leaf)
     return _read_part(store, rows[leaf.at], leaf, index, device_map)
 
 
@@ -125,6 +127,12 @@ class LazyArray:
         """Read what basic indexing picks: integers, slices, ``...`` and None; no more chunks than hold it."""
         return self._read(index)
 
+    def __iter__(self) -> Iterator[Any]:
+        """Read it row by row."""
+        return (self[i] for i in range(len(self)))
+
+    __contains__ = None  # it would read everything to answer
+
     def load(self) -> Any:
         """Read all of it."""
         return self._read(...)
@@ -132,7 +140,7 @@ class LazyArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if copy is False:
             raise ValueError("a LazyArray is no memory: reading it makes a copy")
-        return np.asarray(self.load(), dtype)
+        return np.asarray(arrays.as_numpy(self.load()), dtype)
 
 
 # --- what a leaf is ---
@@ -142,11 +150,11 @@ def _layout(row: TensorRow, view: View) -> Layout:
     return view.layout or Layout.plain(row.shape, DTYPE_SIZES[row.dtype])
 
 
-def _row(row: TensorRow, leaf: Leaf) -> Row:
-    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view))
+def _wanted(row: TensorRow, leaf: Leaf) -> Wanted:
+    return Wanted(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view))
 
 
-def _check_inside(row: TensorRow, leaf: Leaf) -> None:
+def check_inside(row: TensorRow, leaf: Leaf) -> None:
     """Refuse a leaf whose elements reach out of its tensor."""
     if leaf.view.layout is None:
         return
@@ -227,19 +235,20 @@ def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
 def _fill_into(store: Store, rows: Sequence[TensorRow], pairs: Sequence[tuple[Leaf, Any]]) -> list[Any]:
     """Fill the caller's arrays; return what leaves stand for, given each with its array, or with None."""
     direct: dict[int, U8] = {}  # tensor: the memory that it is read into
+    long: dict[int, U8] = {}  # tensor: the bytes, text or pickle in it
     others: dict[int, list[tuple[Leaf, Any]]] = {}  # tensor: arrays to copy it to
     for leaf, array in pairs:
         row, layout = rows[leaf.at], _layout(rows[leaf.at], leaf.view)
         if not leaf.is_array:
-            direct[leaf.at] = np.empty(row.size, np.uint8)
+            long[leaf.at] = np.empty(row.size, np.uint8)
             continue
-        data = arrays.destination(array, _row(row, leaf).dtype, layout, where("into", leaf.path))
+        data = arrays.destination(array, _wanted(row, leaf).dtype, layout, where("into", leaf.path))
         is_whole = layout.span == (0, row.size) and layout.is_solid()
         if data is not None and is_whole and leaf.at not in direct:
             direct[leaf.at] = data
-        elif layout.size:
+        elif layout.size and not (data is not None and is_whole and _is_same(data, direct[leaf.at])):
             others.setdefault(leaf.at, []).append((leaf, array))
-    fill(store, [(rows[i], data) for i, data in direct.items()])
+    fill(store, [(rows[i], data) for part in (direct, long) for i, data in part.items()])
     left = [i for i in others if i not in direct]
     for group in _groups(left, [rows[i].size for i in left]):
         temporary = {i: np.empty(rows[i].size, np.uint8) for i in group}
@@ -248,7 +257,12 @@ def _fill_into(store: Store, rows: Sequence[TensorRow], pairs: Sequence[tuple[Le
             _copy(rows[i], others[i], data)
     for i in others.keys() & direct.keys():
         _copy(rows[i], others[i], direct[i])
-    return [array if leaf.is_array else direct[leaf.at] for leaf, array in pairs]
+    return [array if leaf.is_array else long[leaf.at] for leaf, array in pairs]
+
+
+def _is_same(a: U8, b: U8) -> bool:
+    """Whether two views are of the same memory: what is tied is filled once."""
+    return a.size == b.size and a.ctypes.data == b.ctypes.data
 
 
 def _copy(row: TensorRow, targets: Sequence[tuple[Leaf, Any]], data: Any) -> None:
@@ -293,7 +307,7 @@ def _lazy_array(
         with reading():
             return _read_part(store, row, leaf, index, device_map)
 
-    _, dtype, layout = _row(row, leaf)
+    _, dtype, layout = _wanted(row, leaf)
     return LazyArray(name(leaf.path), dtype, layout.shape, layout.size, get)
 
 

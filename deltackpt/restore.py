@@ -161,8 +161,13 @@ def _kept(
 
 def _sparse(size: int) -> U8:
     """Return zeroed memory that takes room only where it is written: it may be larger than there is."""
+    if not size:
+        return np.empty(0, np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+    try:
+        return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+    except OSError as error:
+        raise MemoryError(f"no room for {size} bytes") from error
 
 
 def _read_all(

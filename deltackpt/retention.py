@@ -112,7 +112,7 @@ class Rule(ABC):
             if one in why:
                 why[one].append(name)
         for step, reasons in self.reasons(steps).items():
-            why[step] += reasons
+            why.get(step, []).extend(reasons)
         return {step: "; ".join(dict.fromkeys(reasons)) for step, reasons in why.items() if reasons}
 
 
@@ -192,7 +192,8 @@ class every(Rule):
 class best(Rule):
     """Keep the `n` steps with the best values of a metric; of equal values the newest.
 
-    A step without the metric is not kept by this rule, and a NaN is worse than every number.
+    A step without the metric is not kept by this rule, and a NaN is worse than every number.  While no step
+    has the metric the rule lets none go: it may be misspelt.
 
     Parameters
     ----------
@@ -246,6 +247,8 @@ class best(Rule):
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """See `Rule.reasons`."""
         values = {s: facts.metrics[self.metric] for s, facts in steps.items() if self.metric in facts.metrics}
+        if not values:
+            return {step: [f"no step has {self.metric}"] for step in steps}
         sign = -1 if self.highest else 1
         # A NaN compares with nothing.
         cost = {step: math.inf if math.isnan(value) else sign * value for step, value in values.items()}

@@ -141,7 +141,7 @@ def scalar_node(x: Any) -> Json:
 
 def foreign_node(x: Any, where: str) -> Json | None:
     """Return the node of a scalar of NumPy's, or of a plain value of torch's; None if `x` is neither."""
-    if isinstance(x, np.generic):
+    if isinstance(x, np.generic) and type(x).__module__ in ("numpy", "ml_dtypes"):
         return {"scalar": _numpy_scalar(x, where)}
     torch = sys.modules.get("torch")
     kind = type(x)
@@ -206,7 +206,7 @@ def scalar(node: Json, path: Path) -> Any:
         raise malformed(path, f"a {tag}", "a scalar")
     try:
         value = _READERS[tag](body)
-    except (TypeError, ValueError, OverflowError, RuntimeError, AttributeError, struct.error):
+    except (TypeError, ValueError, KeyError, OverflowError, RuntimeError, AttributeError, struct.error):
         raise malformed(path, f"the {tag} {body!r}"[:80], f"a {tag} as written by flatten") from None
     except DeltackptError as error:
         raise type(error)(f"{where('state', path)}: {error.message}", hint=error.hint) from None
@@ -274,7 +274,7 @@ def _read_dtype(body: Any) -> Any:
         raise TypeError(body)
     if not has_torch():
         return f"torch.{body}"
-    found = getattr(sys.modules["torch"], body)
+    found = vars(sys.modules["torch"]).get(body)  # not getattr(), which imports what it is asked for
     if not isinstance(found, sys.modules["torch"].dtype):
         raise TypeError(body)
     return found
@@ -355,7 +355,10 @@ def _keyed(pair: Json, path: Path, depth: int) -> tuple[Any, Json]:
 def _key(node: Json, path: Path, depth: int) -> Any:
     found = opened(node, path, depth)
     if found is None:
-        return scalar(node, path)
+        key = scalar(node, path)
+        if type(key) not in SCALARS:
+            raise malformed(path, f"a key of type {type_name(key)}", "a plain value or a tuple")
+        return key
     tag, items = found
     if tag != "tuple":
         raise malformed(path, f"a key that is a {tag}", "a scalar or a tuple")
@@ -488,6 +491,22 @@ def name(path: Path) -> str:
         return "value"
     text = ".".join([str(k) if isinstance(k, str) else _key_text(k) for k in keys_of(path)])
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+class Names:
+    """Names given once each: the second ``a`` is ``a#2``."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, int] = {}
+
+    def unique(self, wanted: str) -> str:
+        """Return the name wanted, or that with a number if it was given already."""
+        name = wanted
+        while name in self._given:
+            self._given[wanted] += 1
+            name = f"{wanted}#{self._given[wanted]}"
+        self._given[name] = 1
+        return name
 
 
 def where(root: str, path: Path) -> str:

@@ -23,6 +23,7 @@ from deltackpt.structure import (
     Attribute,
     Json,
     Leaf,
+    Names,
     Path,
     closed,
     foreign_node,
@@ -136,6 +137,12 @@ def unflatten(
     return _Unflattener(n_tensors, value, allow_pickle).value(structure, None, 0)
 
 
+@no_recursion_error(FormatError)
+def check(structure: Json, n_tensors: int, *, allow_pickle: bool = False) -> None:
+    """Raise what `unflatten` would, before a tensor is read; but not what is wrong with a pickle or text."""
+    _Unflattener(n_tensors, lambda leaf: None, allow_pickle, is_dry=True).value(structure, None, 0)
+
+
 # --- from a state to a structure ---
 
 
@@ -153,7 +160,7 @@ class _Flattener:
         # In the state's order: an array's path and node, or a path, node and bytes that go into a tensor.
         self._entries: list[tuple[Path, dict[str, Json], bytes | None]] = []
         self._facts: list[Facts] = []
-        self._names: dict[str, int] = {}  # how often each was given
+        self._names = Names()
         self._open: set[int] = set()  # the containers we are inside of, by id
 
     def node(self, x: State, path: Path, depth: int) -> Json:
@@ -163,6 +170,11 @@ class _Flattener:
         if kind not in _CONTAINERS:
             return self._other(x, path, depth)
         tag = _TAG_OF.get(kind) or ("map" if all(map(is_plain_text, x)) else "dict")
+        if tag == "counter" and vars(x):
+            raise InvalidInputError(
+                f"{where('state', path)}: this Counter has attributes",
+                hint="pass dict(x), and vars(x) beside it",
+            )
         attributes = x.__dict__ if tag == "ordered" else None
         if attributes:
             return self._attributed(x, attributes, path, depth)
@@ -260,23 +272,17 @@ class _Flattener:
                 [tag] = node
                 node[tag] = len(tensors)
                 content = np.frombuffer(data, np.uint8)
-                tensors.append(Tensor(self._unique(path), "uint8", content.shape, "numpy", content))
+                tensors.append(
+                    Tensor(self._names.unique(name(path)), "uint8", content.shape, "numpy", content)
+                )
                 continue
             at, view = next(each)
             if at not in numbers:
                 numbers[at] = len(tensors)
-                tensors.append(sources[at].named(self._unique(paths[sources[at].owner])))
+                tensors.append(sources[at].named(self._names.unique(name(paths[sources[at].owner]))))
             node.clear()
             node.update(view_node(numbers[at], view))
         return tensors
-
-    def _unique(self, path: Path) -> str:
-        first = unique = name(path)
-        while unique in self._names:
-            self._names[first] += 1
-            unique = f"{first}#{self._names[first]}"
-        self._names[unique] = 1
-        return unique
 
 
 def _look(x: Any, path: Path) -> Facts:
@@ -308,9 +314,12 @@ def _advice(x: object) -> str:
 class _Unflattener:
     """One walk over a structure."""
 
-    __slots__ = ("_allow_pickle", "_leaf_value", "_n_tensors")
+    __slots__ = ("_allow_pickle", "_is_dry", "_leaf_value", "_n_tensors")
 
-    def __init__(self, n_tensors: int, leaf_value: Callable[[Leaf], Any], allow_pickle: bool) -> None:
+    def __init__(
+        self, n_tensors: int, leaf_value: Callable[[Leaf], Any], allow_pickle: bool, *, is_dry: bool = False
+    ) -> None:
+        self._is_dry = is_dry
         self._n_tensors = n_tensors
         self._leaf_value = leaf_value
         self._allow_pickle = allow_pickle
@@ -334,7 +343,7 @@ class _Unflattener:
                 hint="if you trust who wrote it, say allow_pickle=True; else leave it out with keys=",
             )
         value = self._leaf_value(names)
-        return value if names.is_array else _long(names, value)
+        return value if names.is_array or self._is_dry else _long(names, value)
 
 
 def _long(names: Leaf, value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The few plain values that every layer speaks of.
 
-Owns   dtypes by name and size; `Tensor`, bytes with a dtype and a shape; `View`, what an array is of one.
+Owns   dtypes by name and size; `Tensor` and `Deferred`, bytes with a dtype and a shape, here or yet to be
+       copied; `View`, what an array is of one.
 Never  imports a framework, touches a disk, or copies an array.
 """
 
@@ -79,7 +80,7 @@ NOT_IN_TORCH = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A named n-d array's bytes, in C order and little-endian.
+    """A named n-d array's bytes, little-endian, in C order of its shape.
 
     Parameters
     ----------
@@ -164,5 +165,5 @@ class View:
 #: An array that is simply its tensor.
 WHOLE = View()
 
-#: Any nesting of dict, list, tuple, None, bool, int, float, str, bytes and arrays.
+#: What the user saves; docs/reference.md lists all that may be in it.
 State: TypeAlias = Any

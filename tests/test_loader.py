@@ -310,3 +310,85 @@ def test_one_row_of_a_state_of_8_gib_reads_less_than_4_mib():
     assert np.array_equal(found, data[row])
     assert found[0]
     assert backend.read_size - before < 4 << 20  # 1.1 MB: descriptor, index, manifest, two lists, one chunk
+
+
+@needs_torch
+def test_views_that_torch_could_not_place_from_their_own_start_come_back():
+    f = torch.arange(10.0)
+    s = torch.arange(16, dtype=torch.uint8)
+    for state in (
+        {"a": f[1:], "c": torch.view_as_complex(f[2:10].view(4, 2))},
+        {"a": s[1:16], "b": s[4:12].view(torch.float32)},
+        {"a": f[1:], "d": f.view(torch.float64)[1:]},
+    ):
+        assert picture(opened(saved(state)).load()) == picture(state)
+
+
+@needs_torch
+def test_a_tensor_whose_storage_was_shrunk_is_refused_and_its_storage_is_left_alone():
+    x = torch.arange(3_000_000.0)
+    x.untyped_storage().resize_(8)
+    with pytest.raises(InvalidInputError, match=r"state\['x'\]: a tensor whose storage was freed"):
+        saved({"x": x})
+    assert x.untyped_storage().nbytes() == 8
+
+
+def test_into_arrays_that_overlap_otherwise_than_in_the_snapshot_are_refused_and_left_alone():
+    backend = saved({"a": np.arange(4.0), "b": np.arange(10.0, 14.0)})
+    buf = np.zeros(6)
+    targets = [{"a": buf[:4], "b": buf[2:]}, {"a": buf[:4], "b": buf[:4]}]
+    if torch is not None:
+        targets.append({"a": buf[:4], "b": torch.from_numpy(buf)[:4]})
+    for into in targets:
+        with pytest.raises(InvalidInputError, match="share memory otherwise than in the snapshot"):
+            delta.load(backend, into=into)
+    assert not buf.any()
+    flat = np.arange(6.0)
+    tied = saved({"flat": flat, "part": flat[2:4], "t": flat.reshape(2, 3).T})
+    new = np.zeros(6)
+    delta.load(tied, into={"flat": new, "part": new[2:4], "t": new.reshape(2, 3).T})
+    assert new.tolist() == flat.tolist()
+    with pytest.raises(InvalidInputError, match="share memory"):
+        delta.load(tied, into={"flat": new, "part": new[3:5], "t": np.zeros((3, 2))})
+
+
+def test_what_cannot_be_loaded_is_told_before_the_callers_arrays_are_written(tmp_path):
+    w = np.full(4, -1.0)
+    backend = MemoryBackend()
+    delta.save({"w": np.arange(4.0), "s": {1}}, backend, step=1, allow_pickle=True)
+    with pytest.raises(InvalidInputError, match="was pickled"):
+        delta.load(backend, into={"w": w})
+    assert w.tolist() == [-1] * 4
+
+
+def test_tied_arrays_are_filled_once():
+    w = np.arange(1000.0)
+    backend = saved({"embed": w, "head": w}, Counting())
+    into = np.zeros(1000)
+    assert opened(backend).load(into={"embed": into, "head": into})["head"] is into
+    assert into.tolist() == w.tolist()
+
+
+def test_a_few_columns_of_a_large_matrix_are_stored_as_those_columns():
+    big = np.random.default_rng(0).standard_normal((1000, 1000), np.float32)
+    state = {"q": big[:, 0], "k": big[:, 1], "again": big[:, 0]}
+    backend = MemoryBackend()
+    report = delta.save(state, backend, step=1)
+    assert report.logical_size == 8000
+    back = delta.load(backend)
+    assert back["q"] is back["again"]
+    assert np.array_equal(back["k"], big[:, 1])
+
+
+def test_a_lazy_array_is_walked_row_by_row_and_never_searched():
+    lazy = delta.load(saved({"w": np.arange(6).reshape(3, 2)}), lazy=True)["w"]
+    assert [row.tolist() for row in lazy] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(TypeError):
+        _ = 3 in lazy
+
+
+@needs_torch
+def test_a_lazy_array_of_torchs_own_dtypes_becomes_one_of_numpy():
+    x = torch.randn(5).to(torch.bfloat16)
+    lazy = delta.load(saved({"x": x}), lazy=True)["x"]
+    assert np.asarray(lazy).astype(np.float32).tolist() == x.float().tolist()

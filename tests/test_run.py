@@ -66,10 +66,13 @@ def test_the_retention_of_a_run_is_what_its_next_save_would_find():
     assert run.retention(every(7)).goes == [20]
 
 
-def test_a_metric_that_no_step_has_yet_does_not_fail_a_save():
+def test_a_metric_that_no_step_has_yet_or_that_is_misspelt_lets_no_step_go():
     run = open_run(MemoryBackend(), keep=best("loss", 2))
-    assert train(run, [1, 2]) == [[], [1]]
-    assert train(run, [3], metrics={"loss": 0.5}) == [[2]]
+    assert train(run, [1, 2]) == [[], []]
+    assert train(run, [3], metrics={"loss": 0.5}) == [[1, 2]]
+    run = open_run(MemoryBackend(), keep=best("lss", 1) | last(1))
+    assert train(run, [1, 2, 3], metrics={"loss": 0.5}) == [[], [], []]
+    assert "no step has lss" in str(run.retention())
 
 
 def test_what_was_resumed_from_stays_until_another_is_loaded():

@@ -545,3 +545,91 @@ def test_every_array_that_cannot_be_kept_is_refused_by_its_path(x, says):
     with pytest.raises(InvalidInputError, match=rf"^state\['model'\]\[3\]: .*{says}") as caught:
         flatten({"model": [1, 2, 3, x()]})
     assert caught.value.hint
+
+
+class Watched:
+    """Tells when a destructor runs."""
+
+    gone = 0
+
+
+@dataclasses.dataclass
+class Doomed:
+    path: str
+
+    def __del__(self):
+        Watched.gone += 1
+
+
+class Slotted:
+    __slots__ = ("hidden",)
+
+
+@dataclasses.dataclass
+class Lower(Slotted):
+    a: int
+
+
+class Half(np.float64):
+    pass
+
+
+def test_a_store_cannot_have_a_destructor_run():
+    with pytest.raises(FormatError, match="test_tree:Doomed is no dataclass"):
+        put_together({"dataclass": ["test_tree:Doomed", {"path": "/etc"}]}, [])
+    assert Watched.gone == 0
+
+
+@needs_torch
+def test_a_dtype_is_no_way_to_have_a_module_imported():
+    with pytest.raises(FormatError, match="the dtype '_inductor'"):
+        put_together({"dtype": "_inductor"}, [])
+
+
+def test_what_is_more_than_its_fields_is_refused_wherever_it_keeps_it():
+    lower = Lower(a=1)
+    lower.hidden = 2
+    bare = Config(lr=1)
+    del bare.layers
+    counter = Counter(a=1)
+    counter.note = "x"
+    for x, says in (
+        (lower, "attributes that are no fields: .*hidden"),
+        (bare, "lacks the fields .*layers"),
+        (counter, "this Counter has attributes"),
+        (Half(1.5), "found a test_tree.Half"),
+    ):
+        with pytest.raises(InvalidInputError, match=rf"^state\['x'\]: .*{says}"):
+            flatten({"x": x})
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"scalar": ["U", {"map": {}}]},
+        {"scalar": ["U", {"new": 1}]},
+        {"dict": [[{"scalar": ["|V8", "00" * 8]}, 1]]},
+        {"dict": [[{"size": [1]}, 1]]},
+        {"view": {"tensor": 0, "dtype": ">f4", "shape": [1], "strides": [4], "offset": 0}},
+        {
+            "view": {
+                "tensor": 0,
+                "dtype": "float8_e4m3",
+                "shape": [0, 1 << 61],
+                "strides": [1, 1],
+                "offset": 0,
+            }
+        },
+    ],
+)
+def test_hostile_scalars_keys_and_views_are_typed_errors(structure):
+    values = [np.zeros(4, np.uint8)] if torch is None else [torch.zeros(4, dtype=torch.uint8)]
+    with pytest.raises(DeltackptError):
+        put_together(structure, values)
+
+
+def test_names_that_would_take_up_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("deltackpt.leaves._NAMES_SIZE_MAX", 10_000)
+    structure = {"map": {"k" * 1000: [{"tensor": 0}] * 50}}
+    with pytest.raises(FormatError, match="the names of its leaves take more than"):
+        leaf_names(structure, ["w"])

@@ -167,6 +167,8 @@ class Layout:
         Elements up to 64 KiB apart make one run, so there are few: what lies between them is in the same
         chunk, or in the next.
         """
+        if 0 in self.shape:
+            return np.zeros(0, np.int64), self.itemsize
         start = self.span[0]
         length, outer = self.itemsize, []
         axes = [(abs(s), n) for n, s in zip(self.shape, self.strides, strict=True) if n != 1 and s]
@@ -175,8 +177,6 @@ class Layout:
                 length += (n - 1) * stride
             else:
                 outer.append((stride, n))
-        if 0 in self.shape:
-            return np.zeros(0, np.int64), length
         starts = np.full(1, start, np.int64)
         if math.prod(n for _, n in outer) > _N_RUNS_MAX:  # only of elements that overlap: all of it, then
             return starts, self.span[1] - start

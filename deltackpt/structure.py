@@ -258,7 +258,7 @@ def _read_scalar(body: Any) -> Any:
 
 
 def _read_size(body: Any) -> Any:
-    if type(body) is not list or any(type(n) is not int for n in body):
+    if type(body) is not list or any(type(n) is not int or not 0 <= n < 1 << 63 for n in body):
         raise TypeError(body)
     return sys.modules["torch"].Size(body) if has_torch() else tuple(body)
 

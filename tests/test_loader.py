@@ -9,7 +9,7 @@ from hypothesis import given
 from test_tree import SLOW, needs_torch
 
 import deltackpt
-from deltackpt import delta
+from deltackpt import delta, loader
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError, FormatError, InvalidInputError, NotFoundError
 from deltackpt.manifest import Manifest
@@ -220,8 +220,6 @@ def test_a_view_that_reaches_out_of_its_tensor_is_refused_before_anything_is_rea
     run = opened(backend)
     manifest = run.manifest()
     manifest.structure["map"]["a"]["view"]["offset"] = 8
-    from deltackpt import loader
-
     for call in (
         lambda: loader.load(run.store, manifest),
         lambda: loader.load(run.store, manifest, lazy=True),
@@ -392,3 +390,18 @@ def test_a_lazy_array_of_torchs_own_dtypes_becomes_one_of_numpy():
     x = torch.randn(5).to(torch.bfloat16)
     lazy = delta.load(saved({"x": x}), lazy=True)["x"]
     assert np.asarray(lazy).astype(np.float32).tolist() == x.float().tolist()
+
+
+def test_a_hostile_view_without_elements_is_read_as_one_or_refused():
+    backend = saved({"w": np.zeros(8)})
+    run = opened(backend)
+    manifest = run.manifest()
+    manifest.structure["map"]["w"] = {
+        "view": {"tensor": 0, "dtype": "float64", "shape": [0, 1 << 61], "strides": [8, 8], "offset": 0}
+    }
+    for call in (
+        lambda: loader.load(run.store, manifest),
+        lambda: loader.read(run.store, manifest, "w"),
+    ):
+        with pytest.raises(FormatError):
+            call()

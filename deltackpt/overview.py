@@ -47,8 +47,32 @@ def commits(store: Store, run: str | None = None) -> list[Commit]:
     return found
 
 
+def listing(store: Store, run: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a run, or of all runs: `step_line`, and whether the step is pinned.
+
+    Raises
+    ------
+    NotFoundError
+        If the run named has no steps.
+
+    Examples
+    --------
+    >>> from deltackpt import open_run
+    >>> from deltackpt.backends.memory import MemoryBackend
+    >>> run = open_run(MemoryBackend())
+    >>> for step in (1, 2):
+    ...     _ = run.save({"w": [1.0]}, step=step)
+    >>> run.pin(1)
+    >>> [(line["step"], line["pinned"]) for line in listing(run.store)]
+    [(1, True), (2, False)]
+    """
+    found = commits(store, run)
+    pinned = {name: store.refs.listing(name).pinned for name in {commit.slot.run for commit in found}}
+    return [{**step_line(c), "pinned": c.slot.step in pinned[c.slot.run]} for c in found]
+
+
 def step_line(commit: Commit) -> dict[str, Any]:
-    """Return what a listing says of a step: sizes in bytes, time in seconds since 1970."""
+    """Return what is on record of a step: sizes in bytes, time in seconds since 1970."""
     figures = commit.figures
     return {
         "run": commit.slot.run,
@@ -61,6 +85,7 @@ def step_line(commit: Commit) -> dict[str, Any]:
         "n_tensors": figures.n_tensors,
         "metrics": commit.metrics,
         "metadata": commit.metadata,
+        "origin": asdict(commit.origin) if commit.origin else None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ import deltackpt
 from deltackpt import delta, files
 from deltackpt.cli import cli
 
-COMMANDS = ["demo", "forget", "gc", "info", "ls", "restore", "save", "show", "verify"]
+COMMANDS = [
+    "completion", "demo", "diff", "forget", "fork", "gc", "info", "ls", "pin", "restore", "save", "show",
+    "stats", "verify",
+]  # fmt: skip
 
 
 class Done(NamedTuple):
@@ -96,7 +100,7 @@ def test_a_day_of_commands_in_real_processes(tmp_path):
     assert done.stdout.startswith("main step 1: ")
     assert process("save", "s.npz", "--step", 2, DELTACKPT_STORE="checkpoints").returncode == 0
     listed = process("ls").stdout.splitlines()
-    assert listed[0].split() == ["run", "step", "saved", "in", "written", "ratio", "metrics"]
+    assert listed[0].split() == ["run", "step", "saved", "in", "written", "ratio", "note", "metrics"]
     assert "loss=2.5" in listed[1]
     assert "a.w     float32  300x500" in process("show", "--step", 1).stdout
     done = process("restore", "-o", "out.npz")
@@ -110,13 +114,6 @@ def test_a_day_of_commands_in_real_processes(tmp_path):
     assert "freed " in process("gc").stdout
     assert process("verify", "--decode").stdout.startswith("clean: 1 steps, ")
     assert json.loads(process("info", "--json").stdout)["store"]["n_steps"] == 1
-
-
-def test_the_demo_runs_in_a_real_process():
-    done = process("demo", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["resumed_step"] > 0
-    assert "bit for bit" in done.stderr
 
 
 def test_an_error_goes_to_stderr_with_its_hint_and_code():
@@ -143,7 +140,7 @@ def test_a_broken_pipe_is_quiet(store, command):
     os.close(read)
     done = run_it(*command, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # -- help and usage
@@ -156,7 +153,20 @@ def test_every_command_has_help_with_examples(command):
     assert f"Examples:\n    deltackpt {command}" in result.output.replace(
         "deltackpt -s /data/ckpt", "deltackpt"
     )
-    assert "--json" in result.output
+    assert ("--json" in result.output) == (command != "completion")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_the_terminal(command, columns):
+    result = CliRunner().invoke(cli, [*command.split(), "--help"], terminal_width=columns)
+    assert max(map(len, result.output.splitlines())) <= columns
+
+
+def test_help_lists_the_commands_in_the_order_of_their_use():
+    listed = re.findall(r"^  (\w+)  +\w", call("--help").output.partition("Commands:")[2], re.M)
+    assert listed[:3] == ["save", "restore", "ls"]
+    assert sorted(listed) == COMMANDS
 
 
 def test_there_are_these_commands():
@@ -166,7 +176,7 @@ def test_there_are_these_commands():
 @pytest.mark.parametrize(
     "args",
     [
-        ["save", "x.npz"],
+        ["save"],
         ["save", "x.npz", "--step", "1", "--metric", "loss"],
         ["save", "x.npz", "--step", "1", "--metric", "=3"],
         ["restore", "--step", "newest"],
@@ -174,6 +184,12 @@ def test_there_are_these_commands():
         ["forget", "--step", "1", "--keep-last", "1"],
         ["forget", "--keep-last", "0"],
         ["forget", "--keep-best", "loss"],
+        ["forget", "--keep-seconds", "0"],
+        ["pin"],
+        ["pin", "latest"],
+        ["fork"],
+        ["diff", "1"],
+        ["completion", "tcsh"],
         ["gc", "--patience", "-1"],
         ["nothing"],
     ],
@@ -343,6 +359,7 @@ def test_an_object_in_a_pt_file_is_refused_and_no_store_made():
     ("name", "code"), [("none.npz", 3), ("x.h5", 2), ("bad.npz", 5), ("bad.safetensors", 5)]
 )
 def test_a_file_that_cannot_be_read_is_refused(name, code):
+    Path("x.h5").write_bytes(b"")
     Path("bad.npz").write_bytes(b"PK\x03\x04 not")
     Path("bad.safetensors").write_bytes(b"\xff" * 40)
     assert call("save", name, "--step", 1).exit_code == code
@@ -486,6 +503,18 @@ def test_names_cannot_command_the_terminal():
     assert "\\x1b[31m[bold]x" in call("show").output
 
 
+def test_a_row_is_a_line_and_columns_stand_below_each_other_whatever_the_names():
+    delta.save(
+        {"two\nlines": np.zeros(1), "重み": np.zeros(1), "e\u0301": np.zeros(1)}, "checkpoints", step=1
+    )
+    assert call("show").stdout == (
+        "tensor      dtype    shape  size  chunks\n"
+        "two\\nlines  float64  1       8 B       1\n"
+        "重み        float64  1       8 B       1\n"
+        "e\u0301           float64  1       8 B       1\n"
+    )
+
+
 # -- forget and gc
 
 
@@ -500,6 +529,85 @@ def test_forget_by_rules_says_why_each_step_stays_or_goes(store):
     assert steps(ok("ls")) == [10, 20, 30]
     assert ok(*args)["steps"] == expected
     assert steps(ok("ls")) == [10, 30]
+
+
+def test_forget_keeps_what_is_named_and_what_is_seconds_apart(store):
+    decided = ok("forget", "--keep-seconds", 1e6, "--keep-step", 20, "--dry-run")["steps"]
+    assert [(line["step"], line["why"]) for line in decided] == [
+        (10, "1e+06 s apart"), (20, "named"), (30, "latest")
+    ]  # fmt: skip
+    assert [line["stays"] for line in ok("forget", "--keep-step", 20)["steps"]] == [False, True, True]
+    assert steps(ok("ls")) == [20, 30]
+
+
+def test_a_step_to_keep_that_is_not_there_forgets_nothing(store):
+    result = call("forget", "--keep-step", 25)
+    assert result.exit_code == 3
+    assert "nearest: 20 and 30" in result.stderr
+    assert steps(ok("ls")) == [10, 20, 30]
+
+
+def test_a_pinned_step_stays_until_it_is_unpinned(store):
+    np.savez("s.npz", **arrays(1))
+    assert ok("pin", 10) == {"run": "main", "step": 10, "pinned": True, "all_pinned": [10]}
+    assert call("pin", 10).stdout == "main step 10: pinned\n"
+    assert [line["pinned"] for line in ok("ls")["steps"]] == [True, False, False]
+    assert call("ls").output.splitlines()[1].split()[-2:] == ["pinned", "loss=10"]
+    for refused in (["forget", "--step", 10], ["save", "s.npz", "--step", 10, "--overwrite"]):
+        result = call(*refused)
+        assert (result.exit_code, "is pinned" in result.stderr) == (2, True)
+    kept = ok("forget", "--keep-last", 1)["steps"]
+    assert [(line["step"], line["why"]) for line in kept if line["stays"]] == [
+        (10, "pinned"),
+        (30, "latest; last 1"),
+    ]
+    assert ok("pin", 10, "--undo") == {"run": "main", "step": 10, "pinned": False, "all_pinned": []}
+    ok("forget", "--step", 10)
+    assert steps(ok("ls")) == [30]
+    assert call("pin", 11).exit_code == 3
+
+
+def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(store):
+    line = ok("fork", "branch", "--step", 20)
+    assert (line["run"], line["step"], line["origin"]) == ("branch", 20, {"run": "main", "step": 20})
+    assert line["written_size"] < 2000
+    assert "from main@20" in call("ls", "--run", "branch").output
+    ok("forget", "--step", 20)
+    ok("gc")
+    ok("restore", "--run", "branch", "-o", "x.npz")
+    assert same(files.read_state(Path("x.npz")), arrays(20))
+    assert call("fork", "branch").exit_code == 1
+    assert call("fork", "no such name").exit_code == 2
+    assert call("fork", "b", "--step", 20).exit_code == 3
+
+
+def test_diff_compares_steps_of_one_run_or_of_two(store):
+    delta.save(arrays(10) | {"lr": 0.1}, store, step=5, run="other")
+    found = ok("diff", 10, "latest")
+    assert (found["old"], found["new"]) == ("main step 10", "main step 30")
+    assert {t["name"]: t["fate"] for t in found["tensors"]} == {
+        "a.w": "changed", "b": "changed", "empty": "same", "scalar": "same"
+    }  # fmt: skip
+    assert ok("diff", 10, "main@10")["is_empty"] is True
+    across = ok("diff", "main@10", "other@latest")
+    assert [value["name"] for value in across["values"]] == ["lr"]
+    assert ok("diff", "5", "main@10", "--run", "other")["old"] == "other step 5"
+    assert call("diff", 10, "other@7").exit_code == 3
+    for wrong in ("other", "@5", "other@x"):
+        assert call("diff", 10, wrong).exit_code == 2
+
+
+def test_latest_good_passes_over_a_damaged_step(store):
+    np.savez("s.npz", **arrays(30))
+    packs = set((store / "packs").iterdir())
+    delta.save(arrays(40), store, step=40)
+    (new,) = set((store / "packs").iterdir()) - packs
+    os.truncate(new, new.stat().st_size // 2)
+    assert call("restore", "-o", "x.npz").exit_code == 5
+    assert ok("restore", "--step", "latest-good", "-o", "x.npz")["step"] == 30
+    assert same(files.read_state(Path("x.npz")), arrays(30))
+    assert ok("show", "--step", "latest-good")["step"] == 30
+    assert ok("fork", "good", "--step", "latest-good")["step"] == 30
 
 
 def test_a_misspelt_metric_forgets_nothing(store):

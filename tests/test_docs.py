@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import deltackpt
-from deltackpt.cli import EXIT_INTERRUPTED, cli
+from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
 from deltackpt.errors import DeltackptError
 
 ROOT = Path(__file__).parents[1]
@@ -89,9 +89,8 @@ def test_the_design_pages_are_numbered_and_complete():
 def options_told(title: str) -> set[str]:
     """What stands before the meanings in a section's table."""
     text = re.search(rf"^## {title}\n(.*?)(?=^#|\Z)", COMMANDS_PAGE, re.M | re.S)[1]
-    return {
-        option for row in re.findall(r"^\| (`.*?) \|", text, re.M) for option in re.findall(r"`(.+?)`", row)
-    }
+    rows = re.findall(r"^\| (`-.*?) \|", text, re.M)
+    return {option for row in rows for option in re.findall(r"`(.+?)`", row)}
 
 
 def options_of(command: click.Command) -> set[str]:
@@ -102,7 +101,8 @@ def test_the_page_names_every_command_and_option():
     assert set(re.findall(r"^## `(\w+)`", COMMANDS_PAGE, re.M)) == set(cli.commands)
     assert options_told("For every command") == options_of(cli) | {"-h", "--help", "--json"}
     for name, command in cli.commands.items():
-        assert options_told(f"`{name}`") | {"--json"} == options_of(command), name
+        of_every = set() if name == "completion" else {"--json", "-q", "--quiet"}
+        assert options_told(f"`{name}`") | of_every == options_of(command), name
 
 
 def test_the_page_names_every_exit_code():
@@ -110,7 +110,9 @@ def test_the_page_names_every_exit_code():
         return {error}.union(*(kinds(kind) for kind in error.__subclasses__()))
 
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", COMMANDS_PAGE, re.M)}
-    assert told == {0, EXIT_INTERRUPTED} | {kind.exit_code for kind in kinds(DeltackptError)}
+    assert told == {0, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED} | {
+        kind.exit_code for kind in kinds(DeltackptError)
+    }
 
 
 def words(output: str) -> list[list[str]]:

@@ -1,0 +1,160 @@
+"""Commands between a store and the user's files: save, restore.
+
+Owns   their options and what they print.
+Never  reads a checkpoint's bytes itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import click
+
+from deltackpt.cli.group import cli
+from deltackpt.cli.options import complete_keys, metric_values, output_options, run_option, step_option
+from deltackpt.cli.printing import answer, progress, tell
+from deltackpt.report import human_size, human_time
+from deltackpt.run import open_run
+
+
+@cli.command(short_help="Save checkpoint files as steps.")
+@click.argument("file", type=click.Path(), nargs=-1, required=True)
+@click.option(
+    "--step",
+    type=int,
+    metavar="N",
+    help="Of one FILE: the training step that it is.  [default: from its name]",
+)
+@run_option
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    callback=metric_values,
+    metavar="NAME=VALUE",
+    help="Of one FILE: a figure to list, and to retain by; may be given again.",
+)
+@click.option(
+    "--overwrite", "existing", flag_value="overwrite", help="Supersede the steps that are there already."
+)
+@click.option(
+    "--skip-existing", "existing", flag_value="skip", help="Pass over the steps that are there already."
+)
+@click.option("--dry-run", is_flag=True, help="Say which step each file would be, and stop.")
+@output_options
+@click.pass_obj
+def save(
+    store: Path,
+    file: Sequence[str],
+    step: int | None,
+    run: str,
+    metrics: dict[str, float],
+    existing: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Save each FILE (.safetensors, .npz, .pt, .pth, .bin) as one step; only what changed is written.
+
+    A FILE may be a pattern in quotes. A step is durable and visible when its line is printed; files are
+    saved in the order of their steps. The store is made if there is none. A torch file is read without
+    executing what it holds.
+
+    Without --step the names tell which step each file is: the number after the word "step", if every name
+    has one and they are not all the same; else the last number that is not the same in all names, counted
+    from the end. A number is a run of digits without a decimal point; the 2-of-8 of a part is none. A
+    directory counts as a part of the name: of a file that is alone, the one that it is in. Names without
+    a number, or two with the same, are an error that lists them, before anything is saved.
+
+    If the run has one of the steps already, nothing is saved, unless --overwrite or --skip-existing says
+    what to do. A series that breaks off leaves the steps it saved; --skip-existing goes on from there.
+
+    \b
+    Examples:
+      deltackpt save model.safetensors --step 1000 --metric loss=2.31
+      deltackpt save 'ckpt/step_*.pt'
+      deltackpt save 'out/checkpoint-*/model.safetensors' --skip-existing
+    """
+    from deltackpt import series
+
+    paths = series.find(file)
+    if len(paths) > 1 and (step is not None or metrics):
+        raise click.UsageError(f"--step and --metric are of one file, these are {len(paths)}: leave them out")
+    steps = series.steps_of(paths) if step is None else {paths[0]: step}
+    if dry_run:
+        lines = [f"{path}: {run} step {s}" for path, s in steps.items()]
+        told = [{"path": str(path), "step": s} for path, s in steps.items()]
+        answer("\n".join(lines), {"run": run, "dry_run": True, "steps": told}, as_json)
+        return
+    start, done = time.perf_counter(), []
+    with progress("saving") as told_progress:
+        for one in series.save(
+            steps,
+            store,
+            run=run,
+            existing=cast(series.Existing, existing or "refuse"),
+            metrics=metrics,
+            progress=told_progress,
+        ):
+            done.append(one)
+            if not as_json:
+                tell(str(one) if step is None else str(one.report or one), None, False)
+    total = series.Total.of(done, round(time.perf_counter() - start, 6))
+    if as_json and step is not None:
+        answer("", (done[0].report or done[0]).to_json(), True)
+    elif as_json:
+        answer("", {"run": run, "steps": [one.to_json() for one in done], "total": total.to_json()}, True)
+    elif len(done) > 1:
+        tell(str(total), None, False)
+
+
+@cli.command(short_help="Write one step to a file.")
+@step_option
+@run_option
+@click.option(
+    "--keys",
+    multiple=True,
+    metavar="GLOB",
+    shell_complete=complete_keys,
+    help="Only what this name or pattern matches; may be given again. Nothing else is read.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File to write, the extension says which kind: .safetensors, .npz or .pt."
+    "  [default: RUN-step-N.safetensors here]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@output_options
+@click.pass_obj
+def restore(
+    store: Path,
+    step: int | str,
+    run: str,
+    keys: Sequence[str],
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write one step to a file, every byte checked.
+
+    The file appears whole or not at all: damage is an error (exit code 5) that names the tensor, and
+    --step latest-good passes over damaged steps. Values that are no tensors go into a .safetensors or .npz
+    file as JSON beside the tensors; a .pt file holds the state as it was saved.
+
+    \b
+    Examples:
+      deltackpt restore
+      deltackpt restore --step 1000 --run ablation -o state.pt
+      deltackpt restore --keys 'model.*' -o weights.npz
+    """
+    from deltackpt.export import export
+
+    with open_run(store, run, create=False) as opened, progress("restoring") as told:
+        done = export(opened, step, out, keys=keys or None, overwrite=overwrite, progress=told)
+    shown = f"{done.path}: {run} step {done.step}, {human_size(done.file_size)}, {human_time(done.total_s)}"
+    tell(shown, done.to_json(), as_json)

@@ -6,12 +6,13 @@ import doctest
 import importlib
 import pkgutil
 import re
-import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
-from click.testing import CliRunner
+from pages import blocks, perform
 
 import deltackpt
 from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
@@ -49,22 +50,15 @@ def test_the_examples_in_the_docstrings_run(name: str):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page_id)
-def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Blocks of a page are one program, in order, in an empty directory; ``>>>`` examples are compared."""
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))
-    space = readers_own() | {"__name__": "page"} if blocks else {}
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=page_id)
+def test_what_a_page_shows_is_what_happens(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = ModuleType("page")
+    vars(module).update(readers_own() if any(block.kind == "python" for block in blocks(path)) else {})
+    monkeypatch.setitem(sys.modules, "page", module)  # where the classes of a page are looked for
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    for match in blocks:
-        line = path.read_text()[: match.start()].count("\n") + 1
-        if ">>>" in match[1]:
-            example = doctest.DocTestParser().get_doctest(match[1], space, page_id(path), str(path), line)
-            runner.run(example, clear_globs=False)
-            space.update(example.globs)
-        else:
-            exec(compile("\n" * line + match[1], str(path), "exec"), space)
-    assert runner.failures == 0
+    monkeypatch.delenv("DELTACKPT_STORE", raising=False)
+    perform(path, tmp_path, module)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
@@ -113,24 +107,3 @@ def test_the_page_names_every_exit_code():
     assert told == {0, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED} | {
         kind.exit_code for kind in kinds(DeltackptError)
     }
-
-
-def words(output: str) -> list[list[str]]:
-    """What was printed, word by word; numbers and units as they come out differ from run to run."""
-    number = re.compile(r"\d[\d.]*(e-\d+)?( ([kMG]?B|m?s)\b)?")
-    return [number.sub("0", line).split() for line in output.splitlines()]
-
-
-def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DELTACKPT_STORE", raising=False)
-    exec(re.search(r"^```python\n(.*?)^```", COMMANDS_PAGE, re.M | re.S)[1], {})
-    session = "".join(re.findall(r"^```console\n(.*?)^```", COMMANDS_PAGE, re.M | re.S))
-    exit_code = 0
-    for command, told in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", session, re.M):
-        if command == "echo $?":
-            assert int(told) == exit_code
-            continue
-        done = CliRunner().invoke(cli, shlex.split(command)[1:])
-        assert words(done.output) == words(told), command
-        exit_code = done.exit_code

@@ -1,8 +1,8 @@
 """A page as a session: its files, its Python and its commands, in order, in an empty directory.
 
 A block ```` ```python NAME ```` is the file NAME; any other ```` ```python ```` runs here, all of a page in
-one module, and what follows ``>>>`` is compared.  The commands of a ```` ```console ```` run in a real bash, in
-which ``deltackpt`` and ``python`` are processes; what they print is compared word by word, numbers aside.
+one module, and what follows ``>>>`` is compared.  The commands of a ```` ```console ```` run in one bash, in
+which ``deltackpt`` and ``python`` are processes; their output is compared word by word, numbers aside.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def _check_commands(block: Block, directory: Path, where: str) -> None:
 
 def _outputs(commands: list[str], directory: Path) -> list[str]:
     """Return what each command of one bash prints, to stdout and stderr."""
-    script = (
-        f'deltackpt() {{ "{sys.executable}" -m deltackpt "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n'
-    )
+    script = "".join(f'{name}() {{ "{sys.executable}" {args} "$@"; }}\n' for name, args in _FUNCTIONS.items())
     for command in commands:
         script += f"{command}\ncode=$?; printf '\\n%s\\n' '{_MARK}'; (exit $code)\n"
     done = subprocess.run(

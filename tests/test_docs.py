@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import pkgutil
@@ -13,10 +14,12 @@ from types import ModuleType
 import click
 import pytest
 from pages import blocks, perform
+from public import signatures
 
 import deltackpt
 from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
 from deltackpt.errors import DeltackptError
+from deltackpt.types import DTYPE_SIZES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()
@@ -107,3 +110,37 @@ def test_the_page_names_every_exit_code():
     assert told == {0, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED} | {
         kind.exit_code for kind in kinds(DeltackptError)
     }
+
+
+# -- the page of the names
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """The cells of the table that comes first after a heading, without its head."""
+    table = re.search(rf"^#+ {heading}\n(?s:.*?)^\|.+\n\|[-|]+\n((?:\|.+\n)+)", REFERENCE, re.M)[1]
+    return [row.strip("|").split("|") for row in table.splitlines()]
+
+
+def test_the_reference_has_every_public_name_with_its_signature():
+    told = "".join(re.findall(r"^```api\n(.*?)^```", REFERENCE, re.M | re.S))
+    entries = re.findall(r"^\S.*\n(?:(?: .*|\).*)\n)*", told, re.M)
+    compact = [re.sub(r",(?=\))", "", re.sub(r"\s+", "", entry)) for entry in entries]
+    assert sorted(compact) == sorted(re.sub(r"\s+", "", name) for name in signatures())
+
+
+def test_the_reference_tells_every_field_of_a_report():
+    told = [name for cells in table_under("SaveReport") for name in re.findall(r"`(\w+)`", cells[0])]
+    assert told == [*(field.name for field in dataclasses.fields(deltackpt.SaveReport)), "ratio"]
+
+
+def test_the_reference_tells_every_dtype():
+    told = {name for cells in table_under("Dtypes") for name in re.findall(r"`(\w+)`", cells[0])}
+    assert told == set(DTYPE_SIZES)
+
+
+def test_the_reference_tells_every_error_with_its_exit_code():
+    told = {name: int(code) for name, _, code in (map(str.strip, cells) for cells in table_under("Errors"))}
+    kinds = [kind for kind in map(vars(deltackpt).get, deltackpt.__all__) if isinstance(kind, type)]
+    assert told == {f"`{k.__name__}`": k.exit_code for k in kinds if issubclass(k, DeltackptError)}

@@ -37,6 +37,9 @@ class Block(NamedTuple):
 def blocks(path: Path) -> list[Block]:
     """Return what is to be done of a page."""
     text = path.read_text()
+    assert not re.search(r"^ +```(python|console)", text, re.M), (
+        f"{path.name}: an indented block would not run"
+    )
     return [Block(m[1], m[2], m[3], text.count("\n", 0, m.start()) + 1) for m in _BLOCK.finditer(text)]
 
 

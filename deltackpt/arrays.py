@@ -63,6 +63,17 @@ class Facts:
     requires_grad: bool = False
     device: str | None = None
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether a tensor of its dtype and shape could be just this array."""
+        return self.dtype in DTYPE_SIZES and self.layout.is_plain
+
+    def as_whole(self) -> View:
+        """Return what it is of a tensor of its dtype and shape."""
+        if self.parameter or self.requires_grad or self.device is not None:
+            return View(None, None, self.parameter, self.requires_grad, self.device)
+        return WHOLE
+
 
 def is_array(x: object) -> bool:
     """Whether `x` is a NumPy array, a torch tensor or a `Tensor`; NumPy's scalars are not arrays."""

@@ -63,10 +63,10 @@ class Layout:
     @property
     def span(self) -> tuple[int, int]:
         """Where the bytes start and end; an empty range if there are no elements."""
-        if 0 in self.shape:
-            return self.offset, self.offset
         low = high = self.offset
         for n, stride in zip(self.shape, self.strides, strict=True):
+            if n == 0:
+                return self.offset, self.offset
             if stride < 0:
                 low += (n - 1) * stride
             else:
@@ -174,11 +174,11 @@ class Layout:
 
 def plain_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """Return the strides, in bytes, of elements in C order without gaps."""
-    strides = [0] * len(shape)
-    for axis in range(len(shape) - 1, -1, -1):
-        strides[axis] = itemsize
-        itemsize *= max(shape[axis], 1)
-    return tuple(strides)
+    strides = []
+    for n in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= n or 1
+    return tuple(strides[::-1])
 
 
 def touched(

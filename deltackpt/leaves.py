@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from deltackpt.arrays import Array, Facts, is_array, look
 from deltackpt.classes import kind_of
 from deltackpt.errors import FormatError, InvalidInputError, NotFoundError
+from deltackpt.layout import Layout
 from deltackpt.structure import (
     LEVELS,
     Attribute,
@@ -201,12 +202,13 @@ class Row(NamedTuple):
         Its tensor's.
     dtype : str
         As `dtypes` writes it down.
-    shape : tuple of int
+    layout : Layout
+        Where its elements lie in the tensor's bytes.
     """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    layout: Layout
 
 
 def pair_into(
@@ -241,7 +243,7 @@ def pair_into(
     --------
     >>> import numpy as np
     >>> found = named({"map": {"w": {"tensor": 0}}}, 1)
-    >>> pair_into(found, {"w": np.zeros(2)}, lambda leaf: Row("w", "float64", (2,)))
+    >>> pair_into(found, {"w": np.zeros(2)}, lambda leaf: Row("w", "float64", Layout.plain((2,), 8)))
     [(0, array([0., 0.]))]
     """
     stored = _by_path("state", ((one.path, i) for i, one in enumerate(found) if one.is_array))
@@ -257,7 +259,7 @@ def pair_into(
             if key not in stored
         ]
     pairs: list[tuple[int, Array]] = []
-    taken: dict[Any, Leaf] = {}
+    taken: dict[Any, tuple[int, Row]] = {}
     for key, (path, at) in stored.items():
         if key not in given:
             continue
@@ -267,9 +269,9 @@ def pair_into(
         if facts is None:
             continue
         memory = (facts.space, facts.layout) if facts.layout.size else id(array)
-        other = taken.setdefault(memory, found[at])
-        if (other.at, other.view.layout) != (found[at].at, found[at].view.layout):
-            names = f"{rows(other).name!r} and {row.name!r}"
+        first, other = taken.setdefault(memory, (found[at].at, row))
+        if (first, other.layout) != (found[at].at, row.layout):
+            names = f"{other.name!r} and {row.name!r}"
             problems.append(f"{where('into', path)}: the same array for two tensors of the snapshot, {names}")
             continue
         pairs.append((at, array))
@@ -430,10 +432,11 @@ def _fitting(array: Array, row: Row, path: Path, problems: list[str]) -> Facts |
     except InvalidInputError as error:
         problems.append(error.message)
         return None
-    if (facts.dtype, facts.layout.shape) == (row.dtype, row.shape):
+    shape = row.layout.shape
+    if (facts.dtype, facts.layout.shape) == (row.dtype, shape):
         return facts
     problems.append(
-        f"{where('into', path)}: found {facts.dtype} {facts.layout.shape}, expected {row.dtype} {row.shape}"
+        f"{where('into', path)}: found {facts.dtype} {facts.layout.shape}, expected {row.dtype} {shape}"
     )
     return None
 

@@ -21,7 +21,7 @@ from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.restore import fill, part, spans
 from deltackpt.store import Store
 from deltackpt.structure import Leaf, name, where
-from deltackpt.types import DTYPE_SIZES, U8, State, View
+from deltackpt.types import DTYPE_SIZES, U8, WHOLE, State, View
 
 T = TypeVar("T")
 
@@ -143,12 +143,14 @@ def _layout(row: TensorRow, view: View) -> Layout:
 
 
 def _row(row: TensorRow, leaf: Leaf) -> Row:
-    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view).shape)
+    return Row(row.name, leaf.view.dtype or row.dtype, _layout(row, leaf.view))
 
 
 def _check_inside(row: TensorRow, leaf: Leaf) -> None:
     """Refuse a leaf whose elements reach out of its tensor."""
-    start, stop = _layout(row, leaf.view).span
+    if leaf.view.layout is None:
+        return
+    start, stop = leaf.view.layout.span
     if start < 0 or stop > row.size:
         raise FormatError(
             f"{where('state', leaf.path)}: found bytes {start} to {stop} of a tensor of {row.size} bytes"
@@ -171,11 +173,16 @@ def _new(store: Store, rows: Sequence[TensorRow], wanted: Sequence[Leaf], device
         fill(store, [(rows[i], data) for i, (_, data) in made.items()])
         bases.update({i: place(rows[i].name, devices[i], array) for i, (array, _) in made.items()})
     views: dict[tuple[int, View], Any] = {}
+    values = []
     for leaf in wanted:
+        if leaf.view is WHOLE:
+            values.append(bases[leaf.at])
+            continue
         key = leaf.at, leaf.view
         if key not in views:
             views[key] = arrays.view(bases[leaf.at], leaf.view, where("state", leaf.path))
-    return [views[leaf.at, leaf.view] for leaf in wanted]
+        values.append(views[key])
+    return values
 
 
 def _placer(device_map: DeviceMap) -> Callable[[str, str | None, Any], Any]:
@@ -286,8 +293,8 @@ def _lazy_array(
         with reading():
             return _read_part(store, row, leaf, index, device_map)
 
-    facts = _row(row, leaf)
-    return LazyArray(name(leaf.path), facts.dtype, facts.shape, _layout(row, leaf.view).size, get)
+    _, dtype, layout = _row(row, leaf)
+    return LazyArray(name(leaf.path), dtype, layout.shape, layout.size, get)
 
 
 def _read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:

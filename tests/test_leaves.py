@@ -6,7 +6,9 @@ from anystate import Config, Point, picture, states
 from hypothesis import given
 from test_tree import SLOW, names, needs_torch, through_json
 
+from deltackpt.dtypes import itemsize
 from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError
+from deltackpt.layout import Layout
 from deltackpt.leaves import Row, find, leaf_names, named, pair_into, rewritten, select, without
 from deltackpt.tree import flatten, unflatten
 
@@ -22,7 +24,7 @@ def pairs_of(flat, into, structure=None, **options):
 
     def row(leaf):
         tensor = flat.tensors[leaf.at]
-        return Row(tensor.name, tensor.dtype, tensor.shape)
+        return Row(tensor.name, tensor.dtype, Layout.plain(tensor.shape, itemsize(tensor.dtype)))
 
     return [(found[i].at, array) for i, array in pair_into(found, into, row, **options)]
 

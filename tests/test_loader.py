@@ -1,5 +1,7 @@
 """Loading into memory one has, on devices, lazily, and in part."""
 
+import mmap
+
 import numpy as np
 import pytest
 from anystate import Config, Point, picture, states
@@ -294,3 +296,17 @@ def test_pickles_are_loaded_only_by_who_says_so(tmp_path):
         delta.load(tmp_path)
     assert delta.load(tmp_path, allow_pickle=True)["s"] == {1, 2}
     assert delta.load(tmp_path, keys="w")["w"].tolist() == [0, 0]
+
+
+def test_one_row_of_a_state_of_8_gib_reads_less_than_4_mib():
+    size, width = 8 << 30, 4096
+    data = np.frombuffer(mmap.mmap(-1, size), np.float32).reshape(-1, width)
+    # A number in every 256 KiB: no two chunks are equal, and the state takes little memory all the same.
+    data.reshape(-1, 65536)[:, 0] = np.arange(1, size // (65536 * 4) + 1)
+    backend = saved({"w": data, "b": np.ones(3)}, Counting())
+    before = backend.read_size
+    row = 400_000 // 16 * 16
+    found = delta.read(backend, "latest", "w", row)
+    assert np.array_equal(found, data[row])
+    assert found[0]
+    assert backend.read_size - before < 4 << 20  # 1.1 MB: descriptor, index, manifest, two lists, one chunk

@@ -47,6 +47,8 @@ _N_VIEWS_MAX = 1024
 #: Files held open for reading. Half of the smallest usual limit on open files (256) is left to the caller.
 _N_OPEN_MAX = 64
 
+#: How often a small object is written again because its file in tmp/ was removed.
+_N_SWEPT_MAX = 7
 #: Characters of an object's name in that of its file in tmp/, for whoever lists it.
 _N_TMP_CHARS = 48
 
@@ -141,11 +143,13 @@ class LocalBackend(Backend):
 
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:
         """See `Backend.create_once`."""
-        try:
-            return self._create_once(name, data, flush)
-        except _SweptError:
-            # Another process took our file in tmp/ for a dead one's. Once may be bad luck, twice is not.
-            return self._create_once(name, data, flush)
+        for _ in range(_N_SWEPT_MAX):
+            try:
+                return self._create_once(name, data, flush)
+            except _SweptError:
+                # A gc took our file in tmp/ for a dead process's; under load, two gcs did so twice in a row.
+                continue
+        return self._create_once(name, data, flush)
 
     def create(self, name: str) -> Writer:
         """See `Backend.create`."""

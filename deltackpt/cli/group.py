@@ -117,8 +117,8 @@ def main() -> None:
 def cli(ctx: click.Context, store: Path) -> None:
     """Incremental training checkpoints: store only what changed, restore any step bit for bit.
 
-    What a command found or did goes to stdout, errors and progress to stderr. Every command has --json and
-    its own --help.
+    What a command found or did goes to stdout, errors and progress to stderr. Every command has its own
+    --help, and every one but completion --json.
 
     \b
     Exit codes:

@@ -41,9 +41,9 @@ def readers_own() -> dict[str, object]:
         import torch
     except ImportError:
         pytest.skip("torch is not installed")
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(1000, 300)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(3)).sum().backward()
+    model(torch.ones(1000)).sum().backward()
     optimizer.step()
     return {"model": model, "optimizer": optimizer, "step": 1001, "loss": 0.5}
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 
 from deltackpt.errors import InvalidInputError, NotFoundError
+from deltackpt.records import check_step
 
 # The name is greedy: it may hold colons itself.
 _BEST = re.compile(r"(.+):([1-9][0-9]{0,8})(?::(min|max))?", re.DOTALL)
@@ -300,7 +301,11 @@ class these(Rule):
     steps: frozenset[int]
 
     def __init__(self, steps: Iterable[int]) -> None:
-        object.__setattr__(self, "steps", frozenset(steps))
+        if not isinstance(steps, Iterable):
+            raise InvalidInputError(
+                f"these: found {steps!r}, expected steps", hint="write for example these([1000, 2000])"
+            )
+        object.__setattr__(self, "steps", frozenset(check_step(step) for step in steps))
 
     def __str__(self) -> str:
         return f"these({sorted(self.steps)})"

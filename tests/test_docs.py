@@ -23,7 +23,9 @@ from deltackpt.types import DTYPE_SIZES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")]
+)
 MODULES = ["deltackpt"] + [
     module.name
     for module in pkgutil.walk_packages(deltackpt.__path__, "deltackpt.")

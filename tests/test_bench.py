@@ -1,0 +1,176 @@
+"""The benchmark of series trains, measures every cell, and tells a lossless tool from another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+BENCH = Path(__file__).parents[1] / "bench"
+REGIMES = ["finetune", "experts"]
+PEERS = ["deltackpt", "torch.save", "safetensors", "zstd -3"]
+ABSENT = "restic"  # no program is found where the tests look
+
+
+def run_bench(script: str, *arguments: object, **environment: str) -> str:
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that one small run writes."""
+    at = tmp_path_factory.mktemp("bench")
+    arguments = ["--size", "small", "--regimes", *REGIMES, "--peers", *PEERS, ABSENT, "--repeats", 1]
+    arguments += ["--cache", at / "cache", "--dir", at, "--json", at / "results.json"]
+    arguments += ["--markdown", at / "results.md", "--plots", at / "plots"]
+    (at / "stdout").write_text(run_bench("series.py", *arguments, PATH=str(at)))
+    return at
+
+
+@pytest.fixture(scope="module")
+def results(at: Path) -> dict[str, Any]:
+    return json.loads((at / "results.json").read_text())
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's modules can be imported."""
+    monkeypatch.syspath_prepend(BENCH)
+
+
+def cells(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [results["regimes"][regime]["peers"][peer] for regime in REGIMES for peer in PEERS]
+
+
+def test_every_tool_has_a_figure_for_every_measure_of_every_regime(results: dict[str, Any]):
+    measures = ["stored_size", "save_s", "restore_s", "save_memory_size", "restore_memory_size"]
+    for cell in cells(results):
+        for measure in measures:
+            assert 0 < cell[measure]["min"] <= cell[measure]["median"] <= cell[measure]["max"], measure
+        assert cell["stored_sizes"] == sorted(cell["stored_sizes"])
+        assert len(cell["stored_sizes"]) == len(cell["each_save_s"]) == 6
+
+
+def test_every_tool_brings_back_every_bit(results: dict[str, Any]):
+    assert all(cell["lossless"] is True for cell in cells(results))
+
+
+def test_a_tool_that_is_not_installed_stays_in_the_table_with_the_command_that_installs_it(
+    at: Path, results: dict[str, Any]
+):
+    assert results["peers"][ABSENT]["installed"] is False
+    for name in ("results.md", "stdout"):
+        assert "restic: not installed, apt-get install restic" in (at / name).read_text()
+
+
+def test_the_tables_name_every_regime_and_tool(at: Path):
+    for name in ("results.md", "stdout"):
+        text = (at / name).read_text()
+        assert all(word in text for word in [*REGIMES, *PEERS, ABSENT])
+
+
+def test_the_pictures_are_drawn(at: Path):
+    for name in ("stored", "seconds", "growth"):
+        assert "<svg" in (at / "plots" / f"{name}.svg").read_text()
+        assert (at / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_states_are_really_trained(results: dict[str, Any]):
+    for regime in REGIMES:
+        training = results["regimes"][regime]
+        assert training["loss_end"] < training["loss_start"] - 0.5
+        assert all(save["changed"] > 0.1 for save in training["saves"])
+    assert all(save["changed"] < 0.5 for save in results["regimes"]["experts"]["saves"][1:])
+
+
+def test_the_same_seed_trains_the_same_bytes_and_another_does_not(tmp_path: Path, results: dict[str, Any]):
+    def hashes(seed: int, *regimes: str) -> list[list[str]]:
+        made = json.loads(run_bench("states.py", "--seed", seed, "--regimes", *regimes, "--cache", tmp_path))
+        return [[save["sha256"] for save in training["saves"]] for training in made]
+
+    first = [[save["sha256"] for save in results["regimes"][regime]["saves"]] for regime in REGIMES]
+    assert hashes(0, *REGIMES) == first
+    assert not set(hashes(1, "experts")[0]) & set(first[1])
+
+
+@pytest.mark.usefixtures("bench")
+def test_one_wrong_bit_type_or_shape_is_not_lossless():
+    from measure import is_same
+
+    zero = {"w": torch.zeros(2, 3)}
+    assert is_same({"w": torch.zeros(2, 3)}, zero)
+    assert not is_same({"w": -torch.zeros(2, 3)}, zero)
+    assert not is_same({"w": torch.zeros(3, 2)}, zero)
+    assert not is_same({"w": torch.zeros(2, 3, dtype=torch.int32)}, zero)
+    assert not is_same({}, zero)
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_memory_of_a_program_is_its_own(tmp_path: Path):
+    from meter import run_tool
+
+    ballast = bytearray(b"x") * (300 << 20)  # of this process, before the program is started
+    size = run_tool(
+        [sys.executable, "-c", "import time; x = b'x' * (60 << 20); time.sleep(0.2)"], tmp_path, {}
+    )
+    assert 60 << 20 < size < len(ballast)
+
+
+@pytest.mark.usefixtures("bench")
+def test_every_figure_in_which_a_peer_is_better_is_said():
+    from tables import losses
+
+    def figures(stored: float, seconds: float, lossless: bool = True) -> dict[str, Any]:
+        measures = {
+            key: {"median": 1.0, "min": 1.0, "max": 1.0}
+            for key in ("save_memory_size", "restore_memory_size")
+        }
+        spread = {"median": seconds, "min": seconds - 1, "max": seconds + 1}
+        stored_size = {"median": stored, "min": stored, "max": stored}
+        return {
+            **measures,
+            "stored_size": stored_size,
+            "save_s": spread,
+            "restore_s": spread,
+            "lossless": lossless,
+        }
+
+    peers = {
+        "deltackpt": figures(50, 10),
+        "a": figures(40, 20),
+        "b": figures(60, 9),
+        "c": figures(1, 1, False),
+    }
+    said = losses({"peers": peers, "regimes": {"r": {"peers": peers}}})
+    assert said == [
+        "bytes stored, all saves of the series, r: deltackpt 50 B; a 40 B (0.8 of it)",
+        "seconds saving, all saves of the series, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
+        "seconds restoring the last save, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
+    ]
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_a_partial_load_reads_is_counted(tmp_path: Path):
+    from partial import counted, names_of_a_share
+
+    from deltackpt import delta
+
+    torch.manual_seed(0)
+    state = {"large": torch.randn(300_000), "small": torch.randn(3000), "tiny": torch.randn(30)}
+    delta.save(state, tmp_path / "store", step=1)
+    assert names_of_a_share(tmp_path / "store", 0.05) == (["tiny", "small"], 12_120)
+    part_size, part = counted(tmp_path / "store", lambda backend: delta.load(backend, keys=["tiny", "small"]))
+    whole_size, _ = counted(tmp_path / "store", delta.load)
+    assert part.keys() == {"tiny", "small"}
+    assert 6000 < part_size < 60_000
+    assert 600_000 < whole_size - part_size < 1_200_000

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from deltackpt.arrays import Facts, memory, packed
 from deltackpt.dtypes import carrier
 from deltackpt.layout import Layout
-from deltackpt.types import DTYPE_SIZES, U8, WHOLE, Deferred, Tensor, View
+from deltackpt.types import U8, WHOLE, Deferred, Tensor, View
 
 
 class Source(NamedTuple):
@@ -76,12 +76,12 @@ def gather(arrays: Sequence[Facts]) -> tuple[list[Source], list[tuple[int, View]
     for group in sorted(_groups(arrays)):
         facts = arrays[group[0]]
         if len(group) == 1 and facts.is_simple:  # nearly all are: 3 us each instead of 25
+            source = Source(group[0], facts.dtype, facts.layout.shape, facts, facts.layout.span)
             views[group[0]] = len(sources), facts.as_whole()
-            sources.append(Source(group[0], facts.dtype, facts.layout.shape, facts, facts.layout.span))
-            continue
-        source, start, dtype, layout = _source(arrays, group)
-        for i in group:
-            views[i] = len(sources), _view(arrays[i], start, dtype, layout)
+        else:
+            source = _source(arrays, group)
+            for i in group:
+                views[i] = len(sources), _view(arrays[i], source)
         sources.append(source)
     return sources, views
 
@@ -109,69 +109,52 @@ def _groups(arrays: Sequence[Facts]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _source(arrays: Sequence[Facts], group: list[int]) -> tuple[Source, int, str, Layout]:
-    """Return a group's tensor, where its bytes start, and dtype and layout of an array that is simply it."""
+def _source(arrays: Sequence[Facts], group: list[int]) -> Source:
+    """Return what is stored for the arrays of one stretch of memory."""
     first = arrays[group[0]]
     spans = [arrays[i].layout.span for i in group]
-    start, stop = min(s for s, _ in spans), max(s for _, s in spans)
-    fits = [
-        i
-        for i, span in zip(group, spans, strict=True)
-        if span == (start, stop) and _narrow(arrays[i]).is_solid()
-    ]
+    whole = min(start for start, _ in spans), max(stop for _, stop in spans)
+    fits = [i for i, span in zip(group, spans, strict=True) if span == whole and _is_solid(arrays[i])]
     if fits:
         owner = next((i for i in fits if arrays[i].layout.is_plain), fits[0])
-        facts = arrays[owner]
-        shape = tuple(_narrow(facts).shape[axis] for axis in _axes(facts.layout))
-        return (
-            _lying(facts, owner, (start, stop), shape),
-            start,
-            facts.dtype,
-            Layout.plain(shape, facts.layout.itemsize),
-        )
-    if not _narrow(first).overlaps() and all(
-        (arrays[i].layout, arrays[i].dtype) == (first.layout, first.dtype) for i in group
-    ):
-        narrow = _narrow(first)
-        shape = tuple(narrow.shape[axis] for axis in narrow.order())
-        return _lying(first, group[0], None, shape), -1, first.dtype, Layout.plain(shape, narrow.itemsize)
-    itemsize = first.layout.itemsize
-    units = {arrays[i].dtype for i in group}
-    offsets = [arrays[i].layout.offset - start for i in group]
-    strides = [stride for i in group for stride in arrays[i].layout.strides]
-    dtype = first.dtype
-    if len(units) > 1 or any(n % itemsize for n in [stop - start, *offsets, *strides]):
+        return _carried(arrays[owner], owner, whole)
+    is_alone = all((arrays[i].layout, arrays[i].dtype) == (first.layout, first.dtype) for i in group)
+    if is_alone and not first.layout.narrowed().overlaps():
+        return _carried(first, group[0], None)
+    dtype, itemsize = first.dtype, first.layout.itemsize
+    steps = [whole[1] - whole[0]]
+    for i in group:
+        steps += [arrays[i].layout.offset - whole[0], *arrays[i].layout.strides]
+    if any(arrays[i].dtype != dtype for i in group) or any(step % itemsize for step in steps):
         dtype, itemsize = "uint8", 1
-    shape = ((stop - start) // itemsize,)
-    facts = replace(first, dtype=dtype)
-    return _lying(facts, group[0], (start, stop), shape), start, dtype, Layout.plain(shape, itemsize)
+    plain = Layout.plain(((whole[1] - whole[0]) // itemsize,), itemsize, whole[0])
+    return _carried(replace(first, dtype=dtype, layout=plain), group[0], whole)
 
 
-def _narrow(facts: Facts) -> Layout:
-    return facts.layout.narrowed()
+def _is_solid(facts: Facts) -> bool:
+    return facts.layout.narrowed().is_solid()
 
 
-def _axes(layout: Layout) -> tuple[int, ...]:
-    """Return the axes in the order of memory; a plain array's as they are, even those of one element."""
-    return tuple(range(len(layout.shape))) if layout.is_plain else layout.order()
-
-
-def _lying(facts: Facts, owner: int, span: tuple[int, int] | None, shape: tuple[int, ...]) -> Source:
-    """Return elements of an array's dtype as those of the dtype that carries it."""
+def _carried(facts: Facts, owner: int, span: tuple[int, int] | None) -> Source:
+    """Return an array's elements, axes in the order of memory, as those of the dtype that carries its own."""
+    narrow = facts.layout.narrowed()
+    # A plain array's axes are as they are, even those of one element.
+    order = range(len(narrow.shape)) if facts.layout.is_plain else narrow.order()
     dtype, n_units = carrier(facts.dtype)
+    shape = tuple([narrow.shape[axis] for axis in order])
     return Source(owner, dtype, shape if n_units == 1 else (*shape, n_units), facts, span)
 
 
-def _view(facts: Facts, start: int, dtype: str, simple: Layout) -> View:
-    """Return what an array is of a tensor whose first byte is at `start`; -1 for one that is packed."""
-    layout: Layout | None = facts.layout.moved(-start)
-    if start < 0:
-        packed_layout = _narrow(facts).packed()
-        repeats = tuple(
-            0 if stride == 0 else at
-            for stride, at in zip(facts.layout.strides, packed_layout.strides, strict=True)
-        )
-        layout = replace(packed_layout, shape=facts.layout.shape, strides=repeats)
-    if layout == simple and facts.dtype == dtype and dtype in DTYPE_SIZES:
+def _view(facts: Facts, source: Source) -> View:
+    """Return what an array is of a tensor."""
+    if source.span is None:
+        layout = facts.layout.narrowed().packed()
+        strides = [
+            0 if old == 0 else new for old, new in zip(facts.layout.strides, layout.strides, strict=True)
+        ]
+        layout = replace(layout, shape=facts.layout.shape, strides=tuple(strides))
+    else:
+        layout = facts.layout.moved(-source.span[0])
+    if facts.dtype == source.dtype and layout == Layout.plain(source.shape, layout.itemsize):
         return facts.as_whole()
     return View(facts.dtype, layout, facts.parameter, facts.requires_grad, facts.device)

@@ -68,10 +68,22 @@ def test_what_a_page_shows_is_what_happens(path: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_the_links_of_a_page_lead_somewhere(path: Path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(path)):
         if "://" not in target:
-            assert (path.parent / target).exists(), target
+            page, _, anchor = target.partition("#")
+            found = path.parent / page if page else path
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+def without_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.+)", without_blocks(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_design_pages_are_numbered_and_complete():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import pkgutil
 import re
-import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
-from click.testing import CliRunner
+from pages import blocks, perform
+from public import signatures
 
 import deltackpt
 from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
 from deltackpt.errors import DeltackptError
+from deltackpt.types import DTYPE_SIZES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()
@@ -39,9 +43,9 @@ def readers_own() -> dict[str, object]:
         import torch
     except ImportError:
         pytest.skip("torch is not installed")
-    model = torch.nn.Linear(3, 2)
+    model = torch.nn.Linear(1000, 300)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(3)).sum().backward()
+    model(torch.ones(1000)).sum().backward()
     optimizer.step()
     return {"model": model, "optimizer": optimizer, "step": 1001, "loss": 0.5}
 
@@ -51,30 +55,35 @@ def test_the_examples_in_the_docstrings_run(name: str):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page_id)
-def test_the_python_of_a_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Blocks of a page are one program, in order, in an empty directory; ``>>>`` examples are compared."""
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S))
-    space = readers_own() | {"__name__": "page"} if blocks else {}
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=page_id)
+def test_what_a_page_shows_is_what_happens(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = ModuleType("page")
+    vars(module).update(readers_own() if any(block.kind == "python" for block in blocks(path)) else {})
+    monkeypatch.setitem(sys.modules, "page", module)  # where the classes of a page are looked for
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    for match in blocks:
-        line = path.read_text()[: match.start()].count("\n") + 1
-        if ">>>" in match[1]:
-            example = doctest.DocTestParser().get_doctest(match[1], space, page_id(path), str(path), line)
-            runner.run(example, clear_globs=False)
-            space.update(example.globs)
-        else:
-            exec(compile("\n" * line + match[1], str(path), "exec"), space)
-    assert runner.failures == 0
+    monkeypatch.delenv("DELTACKPT_STORE", raising=False)
+    perform(path, tmp_path, module)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_the_links_of_a_page_lead_somewhere(path: Path):
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(path)):
         if "://" not in target:
-            assert (path.parent / target).exists(), target
+            page, _, anchor = target.partition("#")
+            found = path.parent / page if page else path
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found), target
+
+
+def without_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a page's headings are called in links."""
+    headings = re.findall(r"^#+ (.+)", without_blocks(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_design_pages_are_numbered_and_complete():
@@ -117,22 +126,35 @@ def test_the_page_names_every_exit_code():
     }
 
 
-def words(output: str) -> list[list[str]]:
-    """What was printed, word by word; numbers and units as they come out differ from run to run."""
-    number = re.compile(r"\d[\d.]*(e-\d+)?( ([kMG]?B|m?s)\b)?")
-    return [number.sub("0", line).split() for line in output.splitlines()]
+# -- the page of the names
+
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 
 
-def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DELTACKPT_STORE", raising=False)
-    exec(re.search(r"^```python\n(.*?)^```", COMMANDS_PAGE, re.M | re.S)[1], {})
-    session = "".join(re.findall(r"^```console\n(.*?)^```", COMMANDS_PAGE, re.M | re.S))
-    exit_code = 0
-    for command, told in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", session, re.M):
-        if command == "echo $?":
-            assert int(told) == exit_code
-            continue
-        done = CliRunner().invoke(cli, shlex.split(command)[1:])
-        assert words(done.output) == words(told), command
-        exit_code = done.exit_code
+def table_under(heading: str) -> list[list[str]]:
+    """The cells of the table that comes first after a heading, without its head."""
+    table = re.search(rf"^#+ {heading}\n(?s:.*?)^\|.+\n\|[-|]+\n((?:\|.+\n)+)", REFERENCE, re.M)[1]
+    return [row.strip("|").split("|") for row in table.splitlines()]
+
+
+def test_the_reference_has_every_public_name_with_its_signature():
+    told = "".join(re.findall(r"^```api\n(.*?)^```", REFERENCE, re.M | re.S))
+    entries = re.findall(r"^\S.*\n(?:(?: .*|\).*)\n)*", told, re.M)
+    compact = [re.sub(r",(?=\))", "", re.sub(r"\s+", "", entry)) for entry in entries]
+    assert sorted(compact) == sorted(re.sub(r"\s+", "", name) for name in signatures())
+
+
+def test_the_reference_tells_every_field_of_a_report():
+    told = [name for cells in table_under("SaveReport") for name in re.findall(r"`(\w+)`", cells[0])]
+    assert told == [*(field.name for field in dataclasses.fields(deltackpt.SaveReport)), "ratio"]
+
+
+def test_the_reference_tells_every_dtype():
+    told = {name for cells in table_under("Dtypes") for name in re.findall(r"`(\w+)`", cells[0])}
+    assert told == set(DTYPE_SIZES)
+
+
+def test_the_reference_tells_every_error_with_its_exit_code():
+    told = {name: int(code) for name, _, code in (map(str.strip, cells) for cells in table_under("Errors"))}
+    kinds = [kind for kind in map(vars(deltackpt).get, deltackpt.__all__) if isinstance(kind, type)]
+    assert told == {f"`{k.__name__}`": k.exit_code for k in kinds if issubclass(k, DeltackptError)}

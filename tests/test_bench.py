@@ -174,3 +174,13 @@ def test_what_a_partial_load_reads_is_counted(tmp_path: Path):
     assert part.keys() == {"tiny", "small"}
     assert 6000 < part_size < 60_000
     assert 600_000 < whole_size - part_size < 1_200_000
+
+
+def test_one_row_is_read_with_a_fraction_of_the_state(at: Path):
+    found = json.loads(
+        run_bench("partial.py", "--size", "small", "--cache", at / "cache", "--dir", at, "--json")
+    )
+    row, names = found["one row of an embedding"], found["a hundredth of the names"]
+    assert row["wanted_size"] < 1000
+    assert row["read_size"] < row["whole_read_size"] / 4
+    assert names["wanted_size"] < names["read_size"] < names["whole_read_size"] / 10

@@ -20,7 +20,7 @@ from deltackpt.run import Run, open_run
 from deltackpt.store import DESCRIPTOR, Store, Where, check_path
 from deltackpt.types import State
 
-#: Runs remembered; each holds about 60 bytes for every 256 KiB of its last state.
+#: Runs remembered; each holds about 100 bytes for every 256 KiB of its last state.
 _N_RUNS_MAX = 8
 _runs: OrderedDict[tuple[Any, str], Run] = OrderedDict()
 _lock = threading.Lock()
@@ -40,7 +40,8 @@ def save(
     """Save a state as one step of a run; durable and visible on return.
 
     Only chunks that the store does not have are written.  When the call returns, the step survives
-    kill -9 and power loss; when it raises, the store is as before.
+    kill -9 and power loss; when it raises, the steps are as before, but that after a `StorageError` at the
+    very last flush this one may be there.
 
     Parameters
     ----------

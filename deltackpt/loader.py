@@ -213,7 +213,7 @@ def _placer(device_map: DeviceMap) -> Callable[[str, str | None, Any], Any]:
             target = device_map
         try:
             return array if target is None else array.to(sys.modules["torch"].device(target))
-        except (RuntimeError, TypeError) as error:  # RuntimeError: no such device here
+        except (RuntimeError, TypeError, AssertionError) as error:  # torch's ways of saying no such device
             message = str(error).partition("\n")[0]
             raise InvalidInputError(
                 f"map: cannot place {called!r} on {target!r}: {message}",

@@ -186,6 +186,8 @@ class Run:
         InvalidInputError
             If one is pinned; then none is forgotten.
         """
+        if not isinstance(steps, Iterable):
+            raise InvalidInputError(f"forget: found {steps!r}, expected steps", hint="run.forget([1000])")
         wanted = {check_step(step) for step in steps}
         self.store.prepare_to_write()
         refs = self.store.refs

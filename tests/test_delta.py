@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from states import same, weights
+from plain import same, weights
 
 import deltackpt
 import deltackpt.gc

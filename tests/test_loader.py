@@ -281,8 +281,9 @@ def test_tensors_go_where_the_map_says_and_stay_tied():
 @needs_torch
 def test_a_device_that_is_not_there_is_named():
     backend = saved({"w": torch.zeros(1)})
-    with pytest.raises(InvalidInputError, match="map: cannot place 'w' on 'nonsense'"):
-        delta.load(backend, map="nonsense")
+    for device in ["nonsense", 1.5, "cuda:77"]:
+        with pytest.raises(InvalidInputError, match="map: cannot place 'w' on"):
+            delta.load(backend, map=device)
 
 
 @needs_torch

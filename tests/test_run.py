@@ -337,3 +337,8 @@ def test_a_run_is_a_collection_of_its_steps():
     run.forget([10])
     assert (list(run), 10 in run) == ([20, 30], False)
     assert list(opened(backend, "empty")) == []
+
+
+def test_forgetting_a_number_says_that_steps_are_a_list():
+    with pytest.raises(InvalidInputError, match="forget: found 1, expected steps"):
+        open_run(MemoryBackend()).forget(1)

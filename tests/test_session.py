@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from faults import HookedOs, Wrapper
-from states import same, weights
+from plain import same, weights
 
 import deltackpt.session
 from deltackpt import AlreadyExistsError, ConflictError, StorageError, open_run, open_store

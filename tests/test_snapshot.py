@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from faults import Wrapper
-from states import same, weights
+from plain import same, weights
 
 from deltackpt import delta, open_store
 from deltackpt.backends.memory import MemoryBackend

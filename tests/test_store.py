@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from faults import HookedOs
-from states import weights
+from plain import weights
 
 from deltackpt import InvalidInputError, UnsupportedVersionError, delta, open_run, open_store
 from deltackpt.backends.local import LocalBackend

@@ -117,6 +117,23 @@ def groups(arrays: Sequence[Facts]) -> list[list[int]]:
     return [sorted(group) for group in found]
 
 
+def share_bytes(layouts: Sequence[Layout]) -> bool:
+    """Whether a byte belongs to two different arrays of one memory; asks each element where it is.
+
+    Examples
+    --------
+    >>> columns = Layout((3,), (8,), 0, 4), Layout((3,), (8,), 4, 4)
+    >>> share_bytes(columns), share_bytes([columns[0], Layout((3,), (8,), 8, 4)])
+    (False, True)
+    """
+    different = [layout.narrowed() for layout in dict.fromkeys(layouts)]
+    parts = [layout.addresses() for layout in different]
+    starts = np.concatenate(parts)
+    ends = np.concatenate([part + layout.itemsize for part, layout in zip(parts, different, strict=True)])
+    order = np.argsort(starts)
+    return bool((starts[order][1:] < ends[order][:-1]).any())
+
+
 def _apart(arrays: Sequence[Facts], group: list[int]) -> list[list[int]]:
     """Split a group that shares no byte, if most of the stretch is nobody's."""
     layouts = list(dict.fromkeys(arrays[i].layout for i in group))
@@ -124,11 +141,7 @@ def _apart(arrays: Sequence[Facts], group: list[int]) -> list[list[int]]:
     stretch = max(layout.span[1] for layout in layouts) - min(layout.span[0] for layout in layouts)
     if len(layouts) == 1 or 2 * size > stretch or size > _APART_SIZE_MAX:
         return [group]
-    parts = [layout.narrowed().addresses() for layout in layouts]
-    ends = np.concatenate([part + layout.itemsize for part, layout in zip(parts, layouts, strict=True)])
-    starts = np.concatenate(parts)
-    order = np.argsort(starts)
-    if (starts[order][1:] < ends[order][:-1]).any():
+    if share_bytes(layouts):
         return [group]
     return [[i for i in group if arrays[i].layout == layout] for layout in layouts]
 

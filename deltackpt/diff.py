@@ -18,7 +18,7 @@ from deltackpt import leaves, tree
 from deltackpt.errors import DeltackptError
 from deltackpt.format import dump_json
 from deltackpt.manifest import Manifest, TensorRow
-from deltackpt.report import human_size
+from deltackpt.report import human_size, one_line
 
 Fate: TypeAlias = Literal["same", "changed", "added", "removed", "retyped"]
 FATES: tuple[Fate, ...] = ("same", "changed", "added", "removed", "retyped")
@@ -123,8 +123,10 @@ class Diff:
         return {**asdict(self), **counts, **totals, "is_empty": self.is_empty}
 
     def __str__(self) -> str:
-        tensors = [(t.fate, t.name, _told(t)) for t in self.tensors if t.fate != "same"]
-        values = [("value", v.name, f"{_or_absent(v.old)} -> {_or_absent(v.new)}") for v in self.values]
+        tensors = [(t.fate, one_line(t.name), _told(t)) for t in self.tensors if t.fate != "same"]
+        values = [
+            ("value", one_line(v.name), f"{_or_absent(v.old)} -> {_or_absent(v.new)}") for v in self.values
+        ]
         lines = [line for part in (tensors, values) for line in part[:_N_LINES_MAX]]
         widths = [max((len(line[i]) for line in lines), default=0) for i in (0, 1)]
         told = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines]

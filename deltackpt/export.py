@@ -123,7 +123,13 @@ def _check_target(path: Path, overwrite: bool) -> None:
         )
     if not path.parent.is_dir():
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
-    if path.exists() and not overwrite:
+    try:
+        if path.is_dir():
+            raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
+        is_there = path.exists()
+    except OSError as error:
+        raise InvalidInputError(f"{path}: {error.strerror}", hint="choose another name") from error
+    if is_there and not overwrite:
         raise AlreadyExistsError(f"{path}: exists already", hint="choose another name, or pass --overwrite")
 
 

@@ -260,7 +260,7 @@ class _Gc:
         for run in refs.runs():
             commits = refs.commits(run)  # listed once: an attempt that comes later is no older one
             newest = {commit.slot.step: commit for commit in commits}
-            refs.forget(commit for commit in commits if commit is not newest[commit.slot.step])
+            refs.forget(commit.slot for commit in commits if commit is not newest[commit.slot.step])
 
     # -- repack
 

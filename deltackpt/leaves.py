@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from deltackpt.aliases import groups
+from deltackpt.aliases import groups, share_bytes
 from deltackpt.arrays import Array, Facts, is_array, look
 from deltackpt.classes import kind_of
 from deltackpt.errors import FormatError, InvalidInputError, NotFoundError
@@ -454,19 +454,25 @@ def _clashes(
     for group in groups(one_space):
         if len(group) == 1 or not targets[group[0]].layout.size:
             continue
-        placed = set()
-        for i in group:
-            layout, target = wanted(found[i]).layout, targets[i].layout
-            strides = tuple(s if n > 1 else 0 for n, s in zip(target.shape, target.strides, strict=True))
-            # What lies as far from its tensor's start, in the same strides, is that tensor's memory anew.
-            same = strides == tuple(
-                s if n > 1 else 0 for n, s in zip(layout.shape, layout.strides, strict=True)
-            )
-            placed.add((found[i].at, target.offset - layout.offset if same else (i,)))
-        is_tied = len({(found[i].at, wanted(found[i]).layout, targets[i].layout) for i in group}) == 1
-        if len(placed) > 1 and not is_tied:
+        placed = {
+            (_placed(found[i].at, wanted(found[i]).layout, targets[i].layout), targets[i].layout)
+            for i in group
+        }
+        if len({what for what, _ in placed}) == 1:
+            continue
+        layouts = [layout for _, layout in placed]
+        if len(set(layouts)) < len(layouts) or share_bytes(layouts):
             names = " and ".join(where("into", found[i].path) for i in group[:4])
             yield f"{names}: share memory otherwise than in the snapshot"
+
+
+def _placed(at: int, wanted: Layout, target: Layout) -> tuple[Any, ...]:
+    """Return something equal for all targets that are a tensor's memory anew, in its strides."""
+    strides = [
+        [s if n > 1 else 0 for n, s in zip(layout.shape, layout.strides, strict=True)]
+        for layout in (wanted, target)
+    ]
+    return (at, target.offset - wanted.offset) if strides[0] == strides[1] else (at, wanted, target)
 
 
 def _all_of(problems: Sequence[str]) -> InvalidInputError:

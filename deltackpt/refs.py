@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from deltackpt.backends import Backend
-from deltackpt.errors import ConflictError, FormatError, InvalidInputError, NotFoundError
+from deltackpt.errors import ConflictError, CorruptError, FormatError, InvalidInputError, NotFoundError
 from deltackpt.records import (
     GONE,
     PIN,
@@ -89,12 +89,8 @@ class Refs:
     def _newest_commit(self, slots: list[Slot], step: int) -> Slot | None:
         """Return the slot of the newest commit at a step; a decision that cannot be read may be one."""
         for slot in reversed(slots):
-            if slot.step == step:
-                try:
-                    if not isinstance(self.decision(slot), Fence):
-                        return slot
-                except FormatError:
-                    return slot
+            if slot.step == step and not self._is_fence(slot):
+                return slot
         return None
 
     def decision(self, slot: Slot) -> Commit | Fence | None:
@@ -104,7 +100,12 @@ class Refs:
                 data = self._backend.read(slot.key)
             except NotFoundError:
                 return None
-            self._known[slot] = decision_from_bytes(data, slot)
+            try:
+                self._known[slot] = decision_from_bytes(data, slot)
+            except CorruptError as e:
+                give_up = f"deltackpt forget --run {slot.run} --step {slot.step}"
+                hint = f"run deltackpt verify; `{give_up}` gives the step up, so that the others can be used"
+                raise CorruptError(e.message, hint=hint) from e
         return self._known[slot]
 
     def commits(self, run: str) -> list[Commit]:
@@ -115,6 +116,19 @@ class Refs:
         """Return the commits of a listing that are not forgotten, as `commits` does."""
         decisions = [self.decision(slot) for slot in listing.slots if slot not in listing.gone]
         return [d for d in decisions if isinstance(d, Commit)]
+
+    def visible(self, listing: Listing) -> list[Slot]:
+        """Return the slots of a listing that are not forgotten and no fences; those of no use included.
+
+        A decision that is damaged may have been a commit: it must be possible to forget it.
+        """
+        return [s for s in listing.slots if s not in listing.gone and not self._is_fence(s)]
+
+    def _is_fence(self, slot: Slot) -> bool:
+        try:
+            return isinstance(self.decision(slot), Fence)
+        except FormatError:
+            return False
 
     def steps(self, run: str) -> dict[int, Commit]:
         """Return a run's steps in order, each with its commit: the newest attempt."""
@@ -145,7 +159,7 @@ class Refs:
 
     def unknown_step(self, run: str, step: int | None) -> NotFoundError:
         """Return the error for a step, or any step, that a run does not have."""
-        steps = sorted(self.steps(run))
+        steps = sorted({slot.step for slot in self.visible(self.listing(run))})
         if not steps:
             runs = [name for name in self.runs() if name != run]
             near = difflib.get_close_matches(run, runs, 3, 0.3) or runs[:3]
@@ -208,14 +222,14 @@ class Refs:
         self._known[slot] = decision
         return len(data)
 
-    def forget(self, commits: Iterable[Commit]) -> None:
-        """Make steps invisible, durable on return; gc gives their space back."""
+    def forget(self, slots: Iterable[Slot]) -> None:
+        """Make what was committed in some slots invisible, durable on return; gc gives the space back."""
         runs = set()
-        for commit in commits:
-            key, data = tombstone(commit.slot)
+        for slot in slots:
+            key, data = tombstone(slot)
             self._backend.create_once(key, data)
-            self._tombstones |= {commit.slot}
-            runs.add(commit.slot.run)
+            self._tombstones |= {slot}
+            runs.add(slot.run)
         self._backend.barrier(*(f"refs/{run}" for run in sorted(runs)))
 
     # -- pins
@@ -227,7 +241,9 @@ class Refs:
     def check_unpinned(self, run: str, step: int) -> None:
         """Refuse to replace or forget a step that is pinned."""
         if self.is_pinned(run, step):
-            raise InvalidInputError(f"run {run!r} step {step} is pinned", hint="unpin it first")
+            raise InvalidInputError(
+                f"run {run!r} step {step} is pinned", hint=f"deltackpt pin {step} --run {run} --undo"
+            )
 
     def _n_pins(self, run: str, step: int) -> int:
         n = 0

@@ -86,6 +86,17 @@ def human_size(size: int) -> str:
     return f"{value / 1000:.1f} PB"
 
 
+def one_line(text: str) -> str:
+    """Return a name as it can stand in a line: without what ends it, or what a terminal obeys.
+
+    Examples
+    --------
+    >>> one_line("w" + chr(10) + "changed  x")
+    'w\\nchanged  x'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def human_time(seconds: float) -> str:
     """Return seconds as people read them.
 

@@ -176,8 +176,16 @@ class Run:
             hint="run deltackpt verify",
         )
 
-    def forget(self, steps: Iterable[int]) -> None:
+    def forget(self, steps: Iterable[int], *, dry_run: bool = False) -> Retention:
         """Make steps invisible; `gc` gives their space back.
+
+        A step whose record is damaged is forgotten like any other.
+
+        Parameters
+        ----------
+        steps : iterable of int
+        dry_run : bool
+            Say what would become of the steps, and change nothing.
 
         Raises
         ------
@@ -189,16 +197,19 @@ class Run:
         if not isinstance(steps, Iterable):
             raise InvalidInputError(f"forget: found {steps!r}, expected steps", hint="run.forget([1000])")
         wanted = {check_step(step) for step in steps}
-        self.store.prepare_to_write()
         refs = self.store.refs
         listing = refs.listing(self.name)
-        commits = refs.commits_of(listing)
-        unknown = sorted(wanted - {commit.slot.step for commit in commits})
+        slots = refs.visible(listing)
+        there = {slot.step for slot in slots}
+        unknown = sorted(wanted - there)
         if unknown:
             raise refs.unknown_step(self.name, unknown[0])
         for step in sorted(wanted & listing.pinned):
             refs.check_unpinned(self.name, step)
-        refs.forget(commit for commit in commits if commit.slot.step in wanted)
+        if not dry_run:
+            self.store.prepare_to_write()
+            refs.forget(slot for slot in slots if slot.step in wanted)
+        return Retention.of(self.name, there, dict.fromkeys(there - wanted, "not named"), "named")
 
     # -- which steps stay
 
@@ -285,7 +296,7 @@ class Run:
         try:
             decided, commits = self._retention(self.keep, report.step)
             going = set(decided.goes)
-            self.store.refs.forget(commit for commit in commits if commit.slot.step in going)
+            self.store.refs.forget(commit.slot for commit in commits if commit.slot.step in going)
             goes = decided.goes
         except DeltackptError as e:
             log.warning(

@@ -63,7 +63,8 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
 
     The number that follows the word ``step``, if every path has one and they are not all the same; else the
     last number that is not the same in all paths, counted from the end.  A number is a run of digits without
-    a decimal point, and not the ``2-of-8`` of a part.  A directory counts as a part of the name.  A path that
+    a decimal point, and not the ``2-of-8`` of a part; names that have not the same count of them are not
+    compared.  A directory counts as a part of the name.  A path that
     is alone has nothing to differ from: it takes the last number of its file's and its directory's name.
 
     Parameters
@@ -118,6 +119,8 @@ def _called_steps(names: Sequence[str]) -> list[str | None] | None:
 def _last_that_differ(names: Sequence[str]) -> list[str | None]:
     """Return of each name the last number that is not the same in all; None where there is none."""
     found = [_NUMBER.findall(name) for name in names]
+    if all(found) and len(set(map(len, found))) > 1:
+        return [None] * len(names)  # what would be compared with what?
     for back in range(1, min(map(len, found), default=0) + 1):
         values = [numbers[-back] for numbers in found]
         if len(values) == 1 or len(set(map(_value, values))) > 1:
@@ -266,11 +269,17 @@ def save(
         f"is none of {', '.join(files.READABLE)}",
         "name files of these kinds, as in 'ckpt/*.pt'",
     )
-    there = _steps_there(store, run) & set(steps.values())
+    there, pinned = (found & set(steps.values()) for found in _steps_there(store, run))
     if there and existing == "refuse":
         raise AlreadyExistsError(
             f"run {run!r} has {_listed('step', map(str, sorted(there)))} already",
             hint="--overwrite replaces, --skip-existing passes over what is there",
+        )
+    if pinned and existing == "overwrite":
+        are = "is" if len(pinned) == 1 else "are"
+        raise InvalidInputError(
+            f"run {run!r} {_listed('step', map(str, sorted(pinned)))} {are} pinned",
+            hint="deltackpt pin STEP --undo, or leave them out",
         )
     sizes = {path: _size(path) for path in steps}
     total_size, done_size = sum(sizes.values()), 0
@@ -290,11 +299,13 @@ def save(
         yield Saved(path, step, sizes[path], report)
 
 
-def _steps_there(store: Where, run: str) -> set[int]:
+def _steps_there(store: Where, run: str) -> tuple[set[int], set[int]]:
+    """Return the steps of a run, and those that are pinned."""
     try:
-        return set(open_run(store, run, create=False).steps())
+        opened = open_run(store, run, create=False)
     except NotFoundError:  # no store yet
-        return set()
+        return set(), set()
+    return set(opened.steps()), set(opened.pinned())
 
 
 def _size(path: Path) -> int:

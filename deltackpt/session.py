@@ -314,7 +314,7 @@ class Session:
         self.written_size += self.store.refs.decide(commit)
         try:
             if self.superseded is not None:
-                self.store.refs.forget([self.superseded])
+                self.store.refs.forget([self.superseded.slot])
             self._close()
         except DeltackptError as e:
             # The step is durable, so this is no failed save; gc does it.

@@ -340,7 +340,7 @@ class _Unflattener:
         if names.tag == "pickle" and not self._allow_pickle:
             raise InvalidInputError(
                 f"{where('state', names.path)}: was pickled, and unpickling runs code from the store",
-                hint="if you trust who wrote it, say allow_pickle=True; else leave it out with keys=",
+                hint="if you trust who wrote it, say allow_pickle=True, in Python; else leave it out by keys",
             )
         value = self._leaf_value(names)
         return value if names.is_array or self._is_dry else _long(names, value)

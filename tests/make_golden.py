@@ -279,7 +279,7 @@ def write_runs(store: Store, *, with_torch: bool = True) -> None:
         run.fork("branch", step=2).save({"w": weights(300, 9), "step": 3}, step=3)
         run.forget([0, 2])
         # By one who looked for a pin before it was there.
-        store.refs.forget([run.commit(3)])
+        store.refs.forget([run.commit(3).slot])
         gc.collect(store)
 
 

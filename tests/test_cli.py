@@ -672,3 +672,67 @@ def test_progress_is_shown_on_a_terminal_only(store):
     assert b"restoring" in os.read(ours, 1 << 16)
     assert json.loads(done.stdout)["path"] == "y.npz"
     os.close(ours)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_step_whose_record_is_damaged_can_be_given_up_as_its_error_says(store):
+    damage(store / "refs" / "main" / "20.1")
+    refused = call("ls")
+    assert refused.exit_code == 5
+    assert "`deltackpt forget --run main --step 20` gives the step up" in refused.output
+    assert "refs/main/20.1" in call("info").stdout
+    ok("forget", "--step", 20)
+    assert steps(ok("ls")) == [10, 30]
+    ok("gc")
+
+
+def test_a_dry_run_refuses_what_the_real_one_would(store):
+    ok("pin", 20)
+    for more in ([], ["--dry-run"]):
+        done = call("forget", "--step", 20, *more)
+        assert done.exit_code == 2
+        assert "deltackpt pin 20 --run main --undo" in done.output
+
+
+def test_flags_that_exclude_each_other_are_told_and_those_that_include_do(store):
+    np.savez("a.npz", **arrays())
+    assert call("save", "a.npz", "--step", 10, "--overwrite", "--skip-existing").exit_code == 2
+    assert ok("verify", "--decode", "--stored")["level"] == "decode"
+
+
+def test_a_series_with_a_pinned_step_is_refused_before_the_first_is_overwritten(store):
+    for step in (10, 20, 30):
+        np.savez(f"step_{step}.npz", **arrays(7))
+    ok("pin", 20)
+    done = call("save", "step_*.npz", "--overwrite")
+    assert done.exit_code == 2
+    assert "run 'main' step 20 is pinned" in done.output
+    assert same(delta.load(store, step=10), arrays(10))
+
+
+def test_a_name_with_a_new_line_makes_no_line_of_its_own(store):
+    for step in (1, 2):
+        delta.save({"w\nchanged  fake": np.full(3, step)}, store, step=step, run="odd")
+    told = call("diff", "--run", "odd", 1, 2).stdout
+    assert "w\\nchanged  fake" in told
+    assert "\nchanged  fake" not in told
+
+
+def test_what_cannot_be_saved_makes_no_store():
+    np.savez("a.npz", **arrays())
+    assert call("-s", "new", "save", "a.npz", "--step", 1, "--metric", "loss=nan").exit_code == 2
+    assert call("-s", "new", "save", "a.npz", "--step=-1").exit_code == 2
+    assert not Path("new").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_at_once(store):
+    Path("dir.npz").mkdir()
+    for out, says in (("dir.npz", "is a directory"), ("x" * 300 + ".npz", "File name too long")):
+        done = call("restore", "-o", out)
+        assert done.exit_code == 2
+        assert says in done.output

@@ -406,3 +406,18 @@ def test_a_hostile_view_without_elements_is_read_as_one_or_refused():
     ):
         with pytest.raises(FormatError):
             call()
+
+
+def test_a_state_that_was_just_saved_can_be_loaded_into_whatever_lies_between_what():
+    m = np.arange(100_000.0).reshape(1000, 100)
+    for state in (
+        {"a": m[:, 0], "b": m[:, 1]},
+        {"a": m[:, :50], "b": m[:, 50:]},
+        {"a": m, "b": m[:, 1], "c": m.T},
+    ):
+        backend = saved(state)
+        delta.load(backend, into=state)
+    backend = saved({"a": np.ones((4, 2)), "b": np.zeros((4, 2))})
+    target = np.full((4, 4), 7.0)
+    delta.load(backend, into={"a": target[:, :2], "b": target[:, 2:]})
+    assert target.tolist() == [[1, 1, 0, 0]] * 4

@@ -251,7 +251,7 @@ class Machine(RuleBasedStateMachine):
             self.pinned[run].add(step)
             if late:
                 refs = opened(self.backend, run).store.refs
-                refs.forget([refs.commit(run, step)])
+                refs.forget([refs.commit(run, step).slot])
                 self.lost[run].add(step)
 
     @rule(run=a_run, data=st.data())

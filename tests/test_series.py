@@ -75,7 +75,7 @@ def test_any_names_give_each_its_own_step_or_an_error_that_lists_some(names):
         (["c-1/model-00001-of-00001.pt", "c-2/model-00001-of-00001.pt"], [1, 2]),
         (["v1.5-100.pt", "v1.5-200.pt"], [100, 200]),
         (["Step5.npz", "STEP-6.npz"], [5, 6]),
-        (["a1.pt", "a01_2.pt"], [1, 2]),
+        (["a1_7.pt", "a01_8.pt"], [7, 8]),
     ],
 )  # fmt: skip
 def test_names_that_people_give_are_understood(names, steps):
@@ -183,3 +183,8 @@ def test_a_series_that_breaks_off_leaves_the_steps_it_saved():
     with pytest.raises(Exception, match="step_3"):
         save()
     assert open_run("store").steps() == [2]
+
+
+def test_names_with_different_counts_of_numbers_are_not_compared():
+    with pytest.raises(InvalidInputError, match="has no number that tells its step"):
+        steps_of(["epoch=1-step=100-v1.pt", "epoch=1-step=100.pt"])

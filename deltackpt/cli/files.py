@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import click
 
@@ -24,7 +23,7 @@ from deltackpt.run import open_run
 @click.argument("file", type=click.Path(), nargs=-1, required=True)
 @click.option(
     "--step",
-    type=int,
+    type=click.IntRange(min=0),
     metavar="N",
     help="Of one FILE: the training step that it is.  [default: from its name]",
 )
@@ -37,12 +36,8 @@ from deltackpt.run import open_run
     metavar="NAME=VALUE",
     help="Of one FILE: a figure to list, and to retain by; may be given again.",
 )
-@click.option(
-    "--overwrite", "existing", flag_value="overwrite", help="Supersede the steps that are there already."
-)
-@click.option(
-    "--skip-existing", "existing", flag_value="skip", help="Pass over the steps that are there already."
-)
+@click.option("--overwrite", is_flag=True, help="Supersede the steps that are there already.")
+@click.option("--skip-existing", is_flag=True, help="Pass over the steps that are there already.")
 @click.option("--dry-run", is_flag=True, help="Say which step each file would be, and stop.")
 @output_options
 @click.pass_obj
@@ -52,7 +47,8 @@ def save(
     step: int | None,
     run: str,
     metrics: dict[str, float],
-    existing: str | None,
+    overwrite: bool,
+    skip_existing: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -79,6 +75,9 @@ def save(
     """
     from deltackpt import series
 
+    if overwrite and skip_existing:
+        raise click.UsageError("give --overwrite or --skip-existing, not both")
+    existing: series.Existing = "overwrite" if overwrite else "skip" if skip_existing else "refuse"
     paths = series.find(file)
     if len(paths) > 1 and (step is not None or metrics):
         raise click.UsageError(f"--step and --metric are of one file, these are {len(paths)}: leave them out")
@@ -94,7 +93,7 @@ def save(
             steps,
             store,
             run=run,
-            existing=cast(series.Existing, existing or "refuse"),
+            existing=existing,
             metrics=metrics,
             progress=told_progress,
         ):

@@ -6,6 +6,7 @@ Never  prints, or does what was asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,8 +66,8 @@ def metric_values(ctx: click.Context, param: click.Parameter, values: Sequence[s
             metrics[name] = float(number)
         except ValueError:
             name = ""
-        if not name:
-            raise click.BadParameter(f"{value!r} is not NAME=VALUE with a number", ctx, param)
+        if not name or not math.isfinite(metrics[name]):
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE with a finite number", ctx, param)
     return metrics
 
 

@@ -27,7 +27,7 @@ from deltackpt.cli.options import (
 )
 from deltackpt.cli.printing import answer, answer_table, figures, percent, table, tell, when
 from deltackpt.report import human_size
-from deltackpt.retention import Retention, Rule
+from deltackpt.retention import Rule
 from deltackpt.run import open_run
 from deltackpt.store import open_store
 
@@ -265,18 +265,16 @@ def forget(
     if bool(rules) == bool(steps):
         raise click.UsageError("give either --step or --keep rules")
     with open_run(store, run, create=False) as opened:
-        commits = {c.slot.step: c for c in overview.commits(opened.store, run)}
-        for step in kept:
-            opened.store.refs.commit(run, step)  # one that is not there is a slip, and others would go for it
         if rules:
+            for step in kept:
+                opened.store.refs.commit(run, step)  # a slip here would let others go
             rule = reduce(or_, rules)
-            rule.check(commits)
+            rule.check({c.slot.step: c for c in overview.commits(opened.store, run)})
             decided = opened.retention(rule)
+            if not dry_run:
+                opened.forget(decided.goes)
         else:
-            going = {opened.store.refs.commit(run, step).slot.step for step in steps}
-            decided = Retention.of(run, commits, dict.fromkeys(commits.keys() - going, "not named"), "named")
-        if not dry_run:
-            opened.forget(decided.goes)
+            decided = opened.forget(steps, dry_run=dry_run)
     goes = "would go" if dry_run else "forgotten"
     rows = [(str(row.step), "stays" if row.stays else goes, row.why) for row in decided.rows]
     data = {"run": run, "dry_run": dry_run, "steps": decided.to_json()["steps"]}

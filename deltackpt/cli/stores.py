@@ -28,7 +28,7 @@ from deltackpt.cli.printing import (
     tell,
 )
 from deltackpt.errors import DeltackptError, NotFoundError
-from deltackpt.report import human_size
+from deltackpt.report import human_size, one_line
 from deltackpt.store import open_store
 
 if TYPE_CHECKING:
@@ -170,13 +170,11 @@ def gc(store: Path, dry_run: bool, force: bool, patience_s: float | None, as_jso
 
 
 @cli.command(short_help="Check the store and name every damage.")
-@click.option(
-    "--stored", "level", flag_value="stored", help="Read every stored byte against its checksum too."
-)
-@click.option("--decode", "level", flag_value="decode", help="Decode every chunk against its id too.")
+@click.option("--stored", is_flag=True, help="Read every stored byte against its checksum too.")
+@click.option("--decode", is_flag=True, help="All that, and decode every chunk against its id.")
 @output_options
 @click.pass_context
-def verify(ctx: click.Context, level: str | None, as_json: bool) -> None:
+def verify(ctx: click.Context, stored: bool, decode: bool, as_json: bool) -> None:
     """Check the store and name every damage; changes nothing.
 
     By default it checks every record, and that every chunk that a step needs is there. --stored reads all
@@ -199,16 +197,16 @@ def verify(ctx: click.Context, level: str | None, as_json: bool) -> None:
 
     try:
         with busy("verifying"):
-            report = check(ctx.obj, level=level or "references")  # type: ignore[arg-type]
+            report = check(ctx.obj, level="decode" if decode else "stored" if stored else "references")
     except DeltackptError as e:
         raise Failure(e, EXIT_NOT_CHECKED) from e
     lines = []
     for damage in report.damage:
         lines.append(f"damaged {damage.kind} {damage.key}: {damage.message}")
-        lines += [f"  lost: {hit}" for hit in damage.hits[:_N_HITS_SHOWN]]
+        lines += [f"  lost: {one_line(hit)}" for hit in damage.hits[:_N_HITS_SHOWN]]
         n_more = len(damage.hits) - _N_HITS_SHOWN
         lines += [f"  and {n_more} more; --json lists all"] if n_more > 0 else []
-    lines += [f"not a file of deltackpt's: {name}" for name in report.foreign]
+    lines += [f"not a file of deltackpt's: {one_line(name)}" for name in report.foreign]
     lines.append(
         f"{'clean' if report.clean else f'{len(report.damage)} damaged'}: {report.n_steps} steps, "
         f"{report.n_packs} packs, {report.n_chunks} chunks ({report.level}, "
@@ -233,13 +231,16 @@ def info(store: Path, as_json: bool) -> None:
       deltackpt -s /data/ckpt info --json
     """
     build = overview.build()
+    totals, why = None, f"none at {store}"
     try:
         totals = overview.totals(open_store(store))
     except NotFoundError:
-        totals = None
+        pass
+    except DeltackptError as e:  # a report of a bug needs the rest all the more
+        why = str(e)
     rows = [(name.replace("_", " "), "not installed" if v is None else str(v)) for name, v in build.items()]
     if totals is None:
-        rows.append(("store", f"none at {store}"))
+        rows.append(("store", why))
     else:
         sizes = {name: human_size(v) if name.endswith("size") else str(v) for name, v in totals.items()}
         rows += [(f"store {name.removeprefix('n_').replace('_', ' ')}", v) for name, v in sizes.items()]

@@ -92,7 +92,7 @@ def one_line(text: str) -> str:
     Examples
     --------
     >>> one_line("w" + chr(10) + "changed  x")
-    'w\\nchanged  x'
+    'w\\\\nchanged  x'
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

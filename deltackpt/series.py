@@ -64,8 +64,8 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
     The number that follows the word ``step``, if every path has one and they are not all the same; else the
     last number that is not the same in all paths, counted from the end.  A number is a run of digits without
     a decimal point, and not the ``2-of-8`` of a part; names that have not the same count of them are not
-    compared.  A directory counts as a part of the name.  A path that
-    is alone has nothing to differ from: it takes the last number of its file's and its directory's name.
+    compared.  A directory counts as a part of the name.  A path that is alone has nothing to differ from: it
+    takes the last number of its file's and its directory's name.
 
     Parameters
     ----------

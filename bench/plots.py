@@ -164,6 +164,6 @@ def legend(figure: Figure, *panels: Axes) -> None:
         [handles[p] for p in order],
         order,
         loc="outside upper center",
-        ncols=min(9, len(order)),
+        ncols=min(5, len(order)),
         frameon=False,
     )

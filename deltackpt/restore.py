@@ -103,7 +103,13 @@ def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
     chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
     owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
     starts = np.concatenate([np.zeros(0, np.int64), *(_starts(t) for t in tables)])
-    _read_all(store, chunks, starts, [tensors[i] for i in owners.tolist()])
+    sizes = chunks["size"].astype(np.int64)
+
+    def place(i: int) -> tuple[TensorRow, U8]:
+        row, out = tensors[owners[i]]
+        return row, out[starts[i] : starts[i] + sizes[i]]
+
+    _read_all(store, chunks, place)
 
 
 def part(store: Store, row: TensorRow, layout: Layout) -> tuple[U8, Layout]:
@@ -143,7 +149,8 @@ def part(store: Store, row: TensorRow, layout: Layout) -> tuple[U8, Layout]:
         return np.empty(0, np.uint8), layout.moved(-layout.offset)
     first, stop = int(starts[0]), int(starts[-1]) + int(table["size"][-1])
     data = _sparse(stop - first)
-    _read_all(store, table, starts - first, [(row, data)] * len(table))
+    begins, ends = starts - first, starts - first + table["size"].astype(np.int64)
+    _read_all(store, table, lambda i: (row, data[begins[i] : ends[i]]))
     return data, layout.moved(-first)
 
 
@@ -171,12 +178,9 @@ def _sparse(size: int) -> U8:
 
 
 def _read_all(
-    store: Store,
-    chunks: npt.NDArray[np.void],
-    starts: npt.NDArray[np.int64],
-    into: Sequence[tuple[TensorRow, U8]],
+    store: Store, chunks: npt.NDArray[np.void], place: Callable[[int], tuple[TensorRow, U8]]
 ) -> None:
-    """Read chunks, each to its place in the memory of its tensor."""
+    """Read chunks in threads, each to where `place` says, which also tells whose it is."""
     sizes = chunks["size"].astype(np.int64)
     ids = np.ascontiguousarray(chunks["id"])
     found = store.find(ids)
@@ -186,9 +190,9 @@ def _read_all(
 
     def some(numbers: list[int]) -> None:
         for i in numbers:
-            row, out = into[i]
+            row, out = place(i)
             with _naming(row):
-                store.read_into(ids[i].tobytes(), found[i], out[starts[i] : starts[i] + sizes[i]])
+                store.read_into(ids[i].tobytes(), found[i], out)
 
     try:
         for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
@@ -209,21 +213,8 @@ def check(store: Store, rows: Sequence[TensorRow]) -> None:
     chunks = np.concatenate([np.zeros(0, LIST_ROW), *tables])
     owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
     _, at = np.unique(chunks["id"], axis=0, return_index=True)  # what tensors share is read once
-    ids, owners, sizes = np.ascontiguousarray(chunks["id"][at]), owners[at], chunks["size"][at].astype(int)
-    found = store.find(ids)
-    order = np.lexsort((found["offset"], found["pack"]))
-    window: _Window[None] = _Window(4 * n_threads())
-
-    def some(numbers: list[int]) -> None:
-        for i in numbers:
-            with _naming(rows[owners[i]]):
-                store.read_into(ids[i].tobytes(), found[i], _decoded.scratch.of(int(sizes[i])))
-
-    try:
-        for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
-            window.submit(some, order[first:stop].tolist())
-    finally:
-        window.finish()
+    chunks, owners = chunks[at], owners[at]
+    _read_all(store, chunks, lambda i: (rows[owners[i]], _decoded.scratch.of(int(chunks["size"][i]))))
 
 
 class _Decoded(threading.local):

@@ -12,6 +12,7 @@
 #define Py_LIMITED_API 0x030b0000
 #endif
 #include <Python.h>
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -419,6 +420,556 @@ static PyObject *py_histogram(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* ---- deltas of a base ------------------------------------------------------------------------------------------ */
+
+/* How an element becomes an integer that is near where the number is near; frozen (docs/format.md, "Deltas"). */
+enum { MAP_INT = 0, MAP_SUB = 1, MAP_RSUB = 2 };
+/* How an element of the base becomes one of the chunk's: as it is, or narrowed. */
+enum { CAST_NONE = 0, CAST_F32_BF16 = 1, CAST_F32_F16 = 2, CAST_F64_F32 = 3, N_CASTS = 4 };
+
+#define DELTA_BLOCK 1024 /* elements worked on at a time: 8 KiB stay in L1 */
+
+/* A number narrowed to the nearest, ties to even, by integers alone: no rounding mode, no flushed denormals.
+ * exp_* and man_* are bits of exponent and mantissa.  Every NaN becomes one, quiet and positive. */
+TEMPLATE uint64_t narrowed(uint64_t v, int exp_in, int man_in, int exp_out, int man_out)
+{
+    uint64_t sign = v >> (exp_in + man_in), man = v & ((UINT64_C(1) << man_in) - 1), out, rest, half;
+    int64_t exp = (int64_t)(v >> man_in & ((UINT64_C(1) << exp_in) - 1));
+    int64_t exp_max_in = ((int64_t)1 << exp_in) - 1, exp_max_out = ((int64_t)1 << exp_out) - 1;
+    int shift = man_in - man_out;
+    if (exp == exp_max_in) {
+        out = (uint64_t)exp_max_out << man_out;
+        if (man)
+            return out | UINT64_C(1) << (man_out - 1);
+        return sign << (exp_out + man_out) | out;
+    }
+    if (exp)
+        man |= UINT64_C(1) << man_in;
+    else
+        exp = 1;
+    exp += (((int64_t)1 << (exp_out - 1)) - 1) - (((int64_t)1 << (exp_in - 1)) - 1);
+    if (exp < 1) {
+        shift = 1 - exp > man_in + 1 ? man_in + 2 : shift + (int)(1 - exp);
+        exp = 1;
+    }
+    if (shift > man_in + 1) {
+        out = 0;
+    } else {
+        half = UINT64_C(1) << (shift - 1);
+        rest = man & ((half << 1) - 1);
+        out = man >> shift;
+        out += rest > half || (rest == half && (out & 1));
+    }
+    /* The hidden bit adds one to the exponent; a carry out of the mantissa adds another. */
+    out += (uint64_t)(exp - 1) << man_out;
+    if (out >= (uint64_t)exp_max_out << man_out)
+        out = (uint64_t)exp_max_out << man_out;
+    return sign << (exp_out + man_out) | out;
+}
+
+TEMPLATE uint16_t bf16_of(uint32_t v)
+{
+    uint32_t rounded = (v + 0x7fffu + (v >> 16 & 1)) >> 16;
+    return (uint16_t)((v & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+/* v * scale rounded to nearest, ties to even, where v and the product are far from the denormals and from infinity;
+ * others stay as they are.  By integers: the same in every mode of the processor and at every width of its
+ * registers.  `bits` are those of the scale, a normal float32. */
+TEMPLATE uint32_t scaled32_exactly(uint32_t v, uint32_t bits)
+{
+    uint64_t p = (uint64_t)((v & 0x7fffffu) | 0x800000u) * ((bits & 0x7fffffu) | 0x800000u);
+    uint32_t up = (uint32_t)(p >> 47), shift = 23 + up, q = (uint32_t)(p >> shift);
+    uint64_t rest = p & ((UINT64_C(1) << shift) - 1), half = UINT64_C(1) << (shift - 1);
+    uint32_t exp = (v >> 23 & 0xff) + (bits >> 23) - 127 + up - 1;
+    q += rest > half || (rest == half && (q & 1));
+    return (v >> 23 & 0xff) - 9u < 245u ? (v & 0x80000000u) | ((exp << 23) + q) : v;
+}
+
+TEMPLATE uint64_t scaled64_exactly(uint64_t v, uint32_t bits)
+{
+    uint64_t man = (v & ((UINT64_C(1) << 52) - 1)) | UINT64_C(1) << 52, by = (bits & 0x7fffffu) | 0x800000u;
+    uint64_t low = (man & 0xffffffffu) * by, high = (man >> 32) * by + (low >> 32);
+    uint32_t up = (uint32_t)(high >> 44), shift = 23 + up;
+    uint64_t q, rest, half = UINT64_C(1) << (shift - 1), exp = (v >> 52 & 0x7ff) + (bits >> 23) - 127 + up - 1;
+    low &= 0xffffffffu;
+    q = high << (32 - shift) | low >> shift;
+    rest = low & ((UINT64_C(1) << shift) - 1);
+    q += rest > half || (rest == half && (q & 1));
+    return (v >> 52 & 0x7ff) - 9u < 2037u ? (v & UINT64_C(1) << 63) | ((exp << 52) + q) : v;
+}
+
+/* The same by the processor, some six times as fast, where it rounds to nearest and to the width of the type. */
+TEMPLATE uint32_t scaled32(uint32_t v, float scale)
+{
+    uint32_t product;
+    float f;
+    memcpy(&f, &v, 4);
+    f *= scale;
+    memcpy(&product, &f, 4);
+    return (v >> 23 & 0xff) - 9u < 245u ? product : v;
+}
+
+TEMPLATE uint64_t scaled64(uint64_t v, float scale)
+{
+    uint64_t product;
+    double f;
+    memcpy(&f, &v, 8);
+    f *= (double)scale;
+    memcpy(&product, &f, 8);
+    return (v >> 52 & 0x7ff) - 9u < 2037u ? product : v;
+}
+
+static int rounds_to_nearest(void)
+{
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD == 0
+    /* Volatile, or the compiler computes this in its own mode. */
+    volatile float one = 1.0f, little = 0x1p-25f, much = 0x1.8p-24f;
+    volatile float up = one + little, down = -one - little, toward_zero = one + much;
+    return up == 1.0f && down == -1.0f && toward_zero > 1.0f;
+#else
+    return 0;
+#endif
+}
+
+/* Eight bytes of 0 or 1 as bits, the first the lowest: no two products meet in a bit. */
+TEMPLATE uint64_t gathered(uint64_t bytes)
+{
+    return bytes * UINT64_C(0x0102040810204080) >> 56;
+}
+
+TEMPLATE unsigned lowest_bit(uint64_t bits)
+{
+#if defined(__GNUC__)
+    return (unsigned)__builtin_ctzll(bits);
+#else
+    unsigned n = 0;
+    for (; !(bits & 1); bits >>= 1)
+        n++;
+    return n;
+#endif
+}
+
+/* The code below is one for all widths: UINT is the element's type, WIDTH its bytes. */
+#define DELTA(UINT, WIDTH, LOAD, STORE)                                                                            \
+    TEMPLATE UINT ordered_##WIDTH(UINT v)                                                                          \
+    {                                                                                                              \
+        UINT top = (UINT)1 << (8 * WIDTH - 1);                                                                     \
+        return v ^ ((UINT)(0 - (v >> (8 * WIDTH - 1))) | top);                                                     \
+    }                                                                                                              \
+    TEMPLATE UINT unordered_##WIDTH(UINT v)                                                                        \
+    {                                                                                                              \
+        UINT top = (UINT)1 << (8 * WIDTH - 1);                                                                     \
+        return v ^ ((UINT)((v >> (8 * WIDTH - 1)) - 1) | top);                                                     \
+    }                                                                                                              \
+    TEMPLATE UINT mapped_##WIDTH(UINT v, int map)                                                                  \
+    {                                                                                                              \
+        if (map == MAP_SUB)                                                                                        \
+            return ordered_##WIDTH(v);                                                                             \
+        return map == MAP_RSUB ? (UINT)(v << 1 | v >> (8 * WIDTH - 1)) : v;                                        \
+    }                                                                                                              \
+    TEMPLATE UINT unmapped_##WIDTH(UINT v, int map)                                                                \
+    {                                                                                                              \
+        if (map == MAP_SUB)                                                                                        \
+            return unordered_##WIDTH(v);                                                                           \
+        return map == MAP_RSUB ? (UINT)(v >> 1 | v << (8 * WIDTH - 1)) : v;                                        \
+    }                                                                                                              \
+    TEMPLATE UINT zigzag_##WIDTH(UINT v)                                                                           \
+    {                                                                                                              \
+        return (UINT)(v << 1) ^ (UINT)(0 - (v >> (8 * WIDTH - 1)));                                                \
+    }                                                                                                              \
+    TEMPLATE UINT unzigzag_##WIDTH(UINT v)                                                                         \
+    {                                                                                                              \
+        return (UINT)(v >> 1) ^ (UINT)(0 - (v & 1));                                                               \
+    }                                                                                                              \
+    /* out = the base's elements from `first`, cast and scaled. */                                                 \
+    TEMPLATE void prepare_##WIDTH(const uint8_t *base, size_t first, size_t m, int cast, float scale, UINT *out)   \
+    {                                                                                                              \
+        size_t i;                                                                                                  \
+        if (cast == CAST_F32_BF16)                                                                                 \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = (UINT)bf16_of(load32(base + 4 * (first + i)));                                            \
+        else if (cast == CAST_F32_F16)                                                                             \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = (UINT)narrowed(load32(base + 4 * (first + i)), 8, 23, 5, 10);                             \
+        else if (cast == CAST_F64_F32)                                                                             \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = (UINT)narrowed(load64(base + 8 * (first + i)), 11, 52, 8, 23);                            \
+        else                                                                                                       \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = LOAD(base + WIDTH * (first + i));                                                         \
+        if (scale != 1.0f) {                                                                                       \
+            int fast = rounds_to_nearest();                                                                        \
+            uint32_t bits;                                                                                         \
+            memcpy(&bits, &scale, 4);                                                                              \
+            if (WIDTH == 2)                                                                                        \
+                for (i = 0; i < m; i++)                                                                            \
+                    out[i] = (UINT)bf16_of(scaled32_exactly((uint32_t)out[i] << 16, bits));                        \
+            else if (WIDTH == 4 && fast)                                                                           \
+                for (i = 0; i < m; i++)                                                                            \
+                    out[i] = (UINT)scaled32((uint32_t)out[i], scale);                                              \
+            else if (WIDTH == 4)                                                                                   \
+                for (i = 0; i < m; i++)                                                                            \
+                    out[i] = (UINT)scaled32_exactly((uint32_t)out[i], bits);                                       \
+            else if (WIDTH == 8 && fast)                                                                           \
+                for (i = 0; i < m; i++)                                                                            \
+                    out[i] = (UINT)scaled64((uint64_t)out[i], scale);                                              \
+            else if (WIDTH == 8)                                                                                   \
+                for (i = 0; i < m; i++)                                                                            \
+                    out[i] = (UINT)scaled64_exactly((uint64_t)out[i], bits);                                       \
+        }                                                                                                          \
+    }                                                                                                              \
+    TEMPLATE void differences_##WIDTH(const uint8_t *data, const uint8_t *base, size_t first, size_t m, int map,   \
+                                      int cast, float scale, UINT *out)                                            \
+    {                                                                                                              \
+        size_t i;                                                                                                  \
+        prepare_##WIDTH(base, first, m, cast, scale, out);                                                         \
+        if (map == MAP_SUB)                                                                                        \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * (first + i)), MAP_SUB) -         \
+                                               mapped_##WIDTH(out[i], MAP_SUB)));                                  \
+        else if (map == MAP_RSUB)                                                                                  \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * (first + i)), MAP_RSUB) -        \
+                                               mapped_##WIDTH(out[i], MAP_RSUB)));                                 \
+        else                                                                                                       \
+            for (i = 0; i < m; i++)                                                                                \
+                out[i] = zigzag_##WIDTH((UINT)(LOAD(data + WIDTH * (first + i)) - out[i]));                        \
+    }                                                                                                              \
+    TEMPLATE void sums_##WIDTH(UINT *z, const UINT *from, size_t m, int map)                                       \
+    {                                                                                                              \
+        size_t i;                                                                                                  \
+        if (map == MAP_SUB)                                                                                        \
+            for (i = 0; i < m; i++)                                                                                \
+                z[i] = unmapped_##WIDTH((UINT)(mapped_##WIDTH(from[i], MAP_SUB) + unzigzag_##WIDTH(z[i])),         \
+                                        MAP_SUB);                                                                  \
+        else if (map == MAP_RSUB)                                                                                  \
+            for (i = 0; i < m; i++)                                                                                \
+                z[i] = unmapped_##WIDTH((UINT)(mapped_##WIDTH(from[i], MAP_RSUB) + unzigzag_##WIDTH(z[i])),        \
+                                        MAP_RSUB);                                                                 \
+        else                                                                                                       \
+            for (i = 0; i < m; i++)                                                                                \
+                z[i] = (UINT)(from[i] + unzigzag_##WIDTH(z[i]));                                                   \
+    }                                                                                                              \
+    CLONES static void delta_split_##WIDTH(const uint8_t *data, const uint8_t *base, uint8_t *planes, size_t n,    \
+                                           int map, int cast, float scale)                                         \
+    {                                                                                                              \
+        UINT z[DELTA_BLOCK];                                                                                       \
+        size_t i, j, k;                                                                                            \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
+            differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                            \
+            for (k = 0; k < WIDTH; k++) {                                                                          \
+                uint8_t *plane = planes + k * n + i;                                                               \
+                for (j = 0; j < m; j++)                                                                            \
+                    plane[j] = (uint8_t)(z[j] >> (8 * k));                                                         \
+            }                                                                                                      \
+        }                                                                                                          \
+    }                                                                                                              \
+    CLONES static void delta_join_##WIDTH(const uint8_t *const planes[8], const uint8_t *base, uint8_t *out,       \
+                                          size_t n, int map, int cast, float scale)                                \
+    {                                                                                                              \
+        UINT z[DELTA_BLOCK], from[DELTA_BLOCK];                                                                    \
+        size_t i, j, k;                                                                                            \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
+            memset(z, 0, sizeof z);                                                                                \
+            for (k = 0; k < WIDTH; k++) {                                                                          \
+                const uint8_t *plane = planes[k];                                                                  \
+                if (plane)                                                                                         \
+                    for (j = 0; j < m; j++)                                                                        \
+                        z[j] |= (UINT)((UINT)plane[i + j] << (8 * k));                                             \
+            }                                                                                                      \
+            prepare_##WIDTH(base, i, m, cast, scale, from);                                                        \
+            sums_##WIDTH(z, from, m, map);                                                                         \
+            for (j = 0; j < m; j++)                                                                                \
+                STORE(out + WIDTH * (i + j), z[j]);                                                                \
+        }                                                                                                          \
+    }                                                                                                              \
+    CLONES static size_t count_changed_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int cast)       \
+    {                                                                                                              \
+        UINT from[DELTA_BLOCK];                                                                                    \
+        size_t i, j, changed = 0;                                                                                  \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
+            uint32_t here = 0;                                                                                     \
+            prepare_##WIDTH(base, i, m, cast, 1.0f, from);                                                         \
+            for (j = 0; j < m; j++)                                                                                \
+                here += LOAD(data + WIDTH * (i + j)) != from[j];                                                   \
+            changed += here;                                                                                       \
+        }                                                                                                          \
+        return changed;                                                                                            \
+    }                                                                                                              \
+    /* Writes the zigzagged differences of changed elements to packed, and where they are to places: a bitmap, or  \
+     * the unchanged elements before each, 255 and go on where they are more.  Returns bytes of places, or         \
+     * SIZE_MAX if something does not fit. */                                                                      \
+    CLONES static size_t sparse_take_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int map,          \
+                                             int cast, int bitmap, uint8_t *places, size_t places_max,             \
+                                             uint8_t *packed, size_t packed_max)                                   \
+    {                                                                                                              \
+        UINT z[DELTA_BLOCK];                                                                                       \
+        uint16_t at[DELTA_BLOCK];                                                                                  \
+        uint8_t is_changed[DELTA_BLOCK];                                                                           \
+        size_t i, j, k, n_places = bitmap ? (n + 7) / 8 : 0, n_packed = 0, gap = 0;                                \
+        if (n_places > places_max)                                                                                 \
+            return SIZE_MAX;                                                                                       \
+        memset(places, 0, n_places);                                                                               \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK, n_at = 0, last = 0;                              \
+            differences_##WIDTH(data, base, i, m, map, cast, 1.0f, z);                                             \
+            memset(is_changed, 0, sizeof is_changed);                                                              \
+            for (j = 0; j < m; j++)                                                                                \
+                is_changed[j] = z[j] != 0;                                                                         \
+            for (j = 0; j < m; j += 64) {                                                                          \
+                uint64_t bits = 0;                                                                                 \
+                for (k = 0; k < 64; k += 8)                                                                        \
+                    bits |= gathered(load64(is_changed + j + k)) << k;                                             \
+                for (; bits; bits &= bits - 1)                                                                     \
+                    at[n_at++] = (uint16_t)(j + lowest_bit(bits));                                                 \
+            }                                                                                                      \
+            if (n_packed + n_at > packed_max)                                                                      \
+                return SIZE_MAX;                                                                                   \
+            for (j = 0; j < n_at; j++) {                                                                           \
+                STORE(packed + WIDTH * n_packed, z[at[j]]);                                                        \
+                n_packed++;                                                                                        \
+            }                                                                                                      \
+            if (bitmap) {                                                                                          \
+                for (j = 0; j < n_at; j++)                                                                         \
+                    places[(i + at[j]) / 8] |= (uint8_t)(1u << ((i + at[j]) % 8));                                 \
+                continue;                                                                                          \
+            }                                                                                                      \
+            for (j = 0; j < n_at; j++) {                                                                           \
+                gap += at[j] - last;                                                                               \
+                last = (size_t)at[j] + 1;                                                                          \
+                if (gap / 255 + 1 > places_max - n_places)                                                         \
+                    return SIZE_MAX;                                                                               \
+                for (; gap >= 255; gap -= 255)                                                                     \
+                    places[n_places++] = 255;                                                                      \
+                places[n_places++] = (uint8_t)gap;                                                                 \
+                gap = 0;                                                                                           \
+            }                                                                                                      \
+            gap += m - last;                                                                                       \
+        }                                                                                                          \
+        return n_packed == packed_max ? n_places : SIZE_MAX;                                                       \
+    }                                                                                                              \
+    /* The inverse: out = the base, with n_packed elements changed.  0 unless the places are exactly so many. */   \
+    CLONES static int sparse_put_##WIDTH(const uint8_t *base, uint8_t *out, size_t n, int map, int cast,           \
+                                         int bitmap, const uint8_t *places, size_t n_places,                       \
+                                         const uint8_t *packed, size_t n_packed)                                   \
+    {                                                                                                              \
+        UINT from[DELTA_BLOCK];                                                                                    \
+        size_t i, j, k = 0, at = 0;                                                                                \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
+            prepare_##WIDTH(base, i, m, cast, 1.0f, from);                                                         \
+            for (j = 0; j < m; j++)                                                                                \
+                STORE(out + WIDTH * (i + j), from[j]);                                                             \
+        }                                                                                                          \
+        if (bitmap && n_places != (n + 7) / 8)                                                                     \
+            return 0;                                                                                              \
+        for (i = 0; i < n_places; i++) {                                                                           \
+            uint32_t bits = places[i];                                                                             \
+            if (!bitmap) {                                                                                         \
+                at += bits;                                                                                        \
+                if (bits == 255)                                                                                   \
+                    continue;                                                                                      \
+                bits = 1;                                                                                          \
+            } else {                                                                                               \
+                at = 8 * i;                                                                                        \
+            }                                                                                                      \
+            for (; bits; bits >>= 1, at++) {                                                                       \
+                UINT v;                                                                                            \
+                if (!(bits & 1))                                                                                   \
+                    continue;                                                                                      \
+                if (at >= n || k == n_packed)                                                                      \
+                    return 0;                                                                                      \
+                v = mapped_##WIDTH(LOAD(out + WIDTH * at), map);                                                   \
+                v = (UINT)(v + unzigzag_##WIDTH(LOAD(packed + WIDTH * k)));                                        \
+                STORE(out + WIDTH * at, unmapped_##WIDTH(v, map));                                                 \
+                k++;                                                                                               \
+            }                                                                                                      \
+        }                                                                                                          \
+        return k == n_packed;                                                                                      \
+    }
+#define LOAD8(p) (*(p))
+#define STORE8(p, v) (*(p) = (v))
+DELTA(uint8_t, 1, LOAD8, STORE8)
+DELTA(uint16_t, 2, load16, store16)
+DELTA(uint32_t, 4, load32, store32)
+DELTA(uint64_t, 8, load64, store64)
+
+/* Bytes of an element of the base, given those of the chunk's; 0 if the cast does not give such. */
+static Py_ssize_t base_width(Py_ssize_t width, int cast)
+{
+    if (cast == CAST_NONE)
+        return width;
+    if (cast == CAST_F32_BF16 || cast == CAST_F32_F16)
+        return width == 2 ? 4 : 0;
+    return cast == CAST_F64_F32 && width == 4 ? 8 : 0;
+}
+
+/* Elements of a chunk that fits its base exactly; -1 if it does not, or the parameters are out of range. */
+static Py_ssize_t fitting(const Py_buffer *data, const Py_buffer *base, Py_ssize_t width, int map, int cast)
+{
+    Py_ssize_t n;
+    if ((width != 1 && width != 2 && width != 4 && width != 8) || map < MAP_INT || map > MAP_RSUB ||
+        cast < CAST_NONE || cast >= N_CASTS || !base_width(width, cast) || data->len % width)
+        return -1;
+    n = data->len / width;
+    return base->len % base_width(width, cast) == 0 && base->len / base_width(width, cast) == n ? n : -1;
+}
+
+/* Far from the ends, so that what scaled32 and scaled64 let through stays far from them too. */
+static int is_scale(float scale)
+{
+    return scale > 0.015625f && scale < 2.0f;
+}
+
+static PyObject *bad_delta(void)
+{
+    PyErr_SetString(PyExc_ValueError, "delta: parameters out of range, sizes do not match, or buffers overlap");
+    return NULL;
+}
+
+#define BY_WIDTH(CALL, ...)                                                                                        \
+    (width == 1 ? CALL##_1(__VA_ARGS__)                                                                            \
+     : width == 2 ? CALL##_2(__VA_ARGS__)                                                                          \
+     : width == 4 ? CALL##_4(__VA_ARGS__)                                                                          \
+                  : CALL##_8(__VA_ARGS__))
+
+static PyObject *py_delta_split(PyObject *self, PyObject *args)
+{
+    Py_buffer data, base, planes;
+    Py_ssize_t width, n;
+    int map, cast, ok;
+    float scale;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*w*niif:delta_split", &data, &base, &planes, &width, &map, &cast, &scale))
+        return NULL;
+    n = fitting(&data, &base, width, map, cast);
+    ok = n >= 0 && is_scale(scale) && planes.len == data.len && !overlap(&data, &planes) && !overlap(&base, &planes);
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        BY_WIDTH(delta_split, data.buf, base.buf, planes.buf, (size_t)n, map, cast, scale);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&planes);
+    if (!ok)
+        return bad_delta();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_delta_join(PyObject *self, PyObject *args)
+{
+    Py_buffer base, out, held[8];
+    const uint8_t *planes[8] = {NULL};
+    PyObject *given;
+    Py_ssize_t width, n, k, n_held = 0;
+    int map, cast, ok;
+    float scale;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!y*w*niif:delta_join", &PyTuple_Type, &given, &base, &out, &width, &map, &cast,
+                          &scale))
+        return NULL;
+    n = fitting(&out, &base, width, map, cast);
+    ok = n >= 0 && is_scale(scale) && PyTuple_Size(given) == width && !overlap(&base, &out);
+    for (k = 0; ok && k < width; k++) {
+        PyObject *plane = PyTuple_GetItem(given, k);
+        if (plane == Py_None)
+            continue;
+        if (PyObject_GetBuffer(plane, &held[n_held], PyBUF_SIMPLE) < 0) {
+            ok = 0;
+            break;
+        }
+        planes[k] = held[n_held].buf;
+        ok = held[n_held].len == n && !overlap(&held[n_held], &out);
+        n_held++;
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        BY_WIDTH(delta_join, planes, base.buf, out.buf, (size_t)n, map, cast, scale);
+        Py_END_ALLOW_THREADS
+    }
+    while (n_held > 0)
+        PyBuffer_Release(&held[--n_held]);
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&out);
+    if (!ok)
+        return PyErr_Occurred() ? NULL : bad_delta();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_count_changed(PyObject *self, PyObject *args)
+{
+    Py_buffer data, base;
+    Py_ssize_t width, n;
+    size_t changed = 0;
+    int cast;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*ni:count_changed", &data, &base, &width, &cast))
+        return NULL;
+    n = fitting(&data, &base, width, MAP_INT, cast);
+    if (n >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        changed = BY_WIDTH(count_changed, data.buf, base.buf, (size_t)n, cast);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&base);
+    return n < 0 ? bad_delta() : PyLong_FromSize_t(changed);
+}
+
+static PyObject *py_sparse_take(PyObject *self, PyObject *args)
+{
+    Py_buffer data, base, places, packed;
+    Py_ssize_t width, n;
+    size_t n_places = SIZE_MAX;
+    int map, cast, bitmap;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*w*w*niip:sparse_take", &data, &base, &places, &packed, &width, &map, &cast,
+                          &bitmap))
+        return NULL;
+    n = fitting(&data, &base, width, map, cast);
+    if (n >= 0 && packed.len % width == 0 && !overlap(&places, &packed) && !overlap(&data, &places) &&
+        !overlap(&data, &packed) && !overlap(&base, &places) && !overlap(&base, &packed)) {
+        Py_BEGIN_ALLOW_THREADS
+        n_places = BY_WIDTH(sparse_take, data.buf, base.buf, (size_t)n, map, cast, bitmap, places.buf,
+                            (size_t)places.len, packed.buf, (size_t)(packed.len / width));
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&places);
+    PyBuffer_Release(&packed);
+    return n_places == SIZE_MAX ? bad_delta() : PyLong_FromSize_t(n_places);
+}
+
+static PyObject *py_sparse_put(PyObject *self, PyObject *args)
+{
+    Py_buffer base, out, places, packed;
+    Py_ssize_t width, n;
+    int map, cast, bitmap, ok = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*w*y*y*niip:sparse_put", &base, &out, &places, &packed, &width, &map, &cast,
+                          &bitmap))
+        return NULL;
+    n = fitting(&out, &base, width, map, cast);
+    if (n >= 0 && packed.len % width == 0 && !overlap(&base, &out) && !overlap(&places, &out) &&
+        !overlap(&packed, &out)) {
+        Py_BEGIN_ALLOW_THREADS
+        ok = BY_WIDTH(sparse_put, base.buf, out.buf, (size_t)n, map, cast, bitmap, places.buf, (size_t)places.len,
+                      packed.buf, (size_t)(packed.len / width));
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&places);
+    PyBuffer_Release(&packed);
+    return n < 0 ? bad_delta() : PyBool_FromLong(ok);
+}
+
 /* ---- module --------------------------------------------------------------------------------------------------- */
 
 /* The instruction set of the clones that run here, "" where there is only one build. */
@@ -441,6 +992,13 @@ static PyMethodDef methods[] = {
     {"split_planes", py_split_planes, METH_VARARGS, "split_planes(data, planes, itemsize, rotate)"},
     {"join_planes", py_join_planes, METH_VARARGS, "join_planes(planes, out, itemsize, rotate)"},
     {"histogram", py_histogram, METH_VARARGS, "histogram(data, counts, step, n_samples)"},
+    {"delta_split", py_delta_split, METH_VARARGS, "delta_split(data, base, planes, itemsize, map, cast, scale)"},
+    {"delta_join", py_delta_join, METH_VARARGS, "delta_join(planes, base, out, itemsize, map, cast, scale)"},
+    {"count_changed", py_count_changed, METH_VARARGS, "count_changed(data, base, itemsize, cast) -> n"},
+    {"sparse_take", py_sparse_take, METH_VARARGS,
+     "sparse_take(data, base, places, packed, itemsize, map, cast, bitmap) -> n_places"},
+    {"sparse_put", py_sparse_put, METH_VARARGS,
+     "sparse_put(base, out, places, packed, itemsize, map, cast, bitmap) -> bool"},
     {"isa", py_isa, METH_NOARGS, "isa() -> str"},
     {NULL, NULL, 0, NULL},
 };

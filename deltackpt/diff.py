@@ -1,13 +1,14 @@
 """A diff: what two snapshots do not share, tensor by tensor and value by value.
 
-Owns   the comparison of two manifests and their chunks, as a pure function, and its words.
-Never  reads a store, or looks at a tensor's elements: equal chunk ids are equal bytes.
+Owns   the comparison of two manifests, their chunks and, if it is given a way to read them, the elements in
+       those that differ; and its words.
+Never  reads a store, or a chunk that both have: equal chunk ids are equal bytes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from deltackpt import leaves, tree
+from deltackpt.distance import Distance, Meter, windows
 from deltackpt.errors import DeltackptError
 from deltackpt.format import dump_json
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.report import human_size, one_line
+from deltackpt.types import DTYPE_SIZES, U8
 
 Fate: TypeAlias = Literal["same", "changed", "added", "removed", "retyped"]
 FATES: tuple[Fate, ...] = ("same", "changed", "added", "removed", "retyped")
@@ -29,11 +32,23 @@ _N_LINES_MAX = 50
 
 
 class Side(NamedTuple):
-    """One of the snapshots: what to call it, its manifest, and each tensor's chunks as LIST_ROW."""
+    """One of the snapshots.
+
+    Parameters
+    ----------
+    label : str
+        What to call it.
+    manifest : Manifest
+    chunks : sequence of ndarray of LIST_ROW
+        Each tensor's.
+    read : callable, optional
+        Returns the bytes of a tensor, given by its row and chunks, from start to stop.
+    """
 
     label: str
     manifest: Manifest
     chunks: Sequence[npt.NDArray[np.void]]
+    read: Callable[[TensorRow, npt.NDArray[np.void], int, int], U8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,9 @@ class TensorDiff:
         Bytes and chunks of the new tensor; of one removed, of the old.
     differing_size, n_differing : int
         Of those, what the other side's tensor of this name does not have, by chunk id.
+    distance : Distance or None
+        How far the elements are from the old ones; None if the bytes are equal, if dtype or shape is another,
+        or if they were not to be read.
     """
 
     name: str
@@ -61,6 +79,7 @@ class TensorDiff:
     n_chunks: int
     differing_size: int
     n_differing: int
+    distance: Distance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +139,10 @@ class Diff:
         """Return the diff as plain values, with its totals."""
         totals = {"size": self.size, "differing_size": self.differing_size}
         counts = {f"n_{fate}": self.count(fate) for fate in FATES}
-        return {**asdict(self), **counts, **totals, "is_empty": self.is_empty}
+        told = asdict(self)
+        for row, tensor in zip(told["tensors"], self.tensors, strict=True):
+            row["distance"] = tensor.distance.to_json() if tensor.distance else None
+        return {**told, **counts, **totals, "is_empty": self.is_empty}
 
     def __str__(self) -> str:
         tensors = [(t.fate, one_line(t.name), _told(t)) for t in self.tensors if t.fate != "same"]
@@ -139,19 +161,19 @@ class Diff:
 
 
 def compare(old: Side, new: Side) -> Diff:
-    """Compare two snapshots.
+    """Compare two snapshots, by their elements too if both can be read.
 
     Raises
     ------
     FormatError
-        If a structure is malformed.
+        If a structure is malformed, or what is read is damaged.
     """
-    before = {row.name: (row, chunks) for row, chunks in zip(old.manifest.tensors, old.chunks, strict=True)}
+    before = _tensors(old)
     tensors = []
-    for row, chunks in zip(new.manifest.tensors, new.chunks, strict=True):
-        found = before.pop(row.name, None)
-        tensors.append(_added("added", row, chunks) if found is None else _pair(*found, row, chunks))
-    tensors += [_added("removed", row, chunks) for row, chunks in before.values()]
+    for name, tensor in _tensors(new).items():
+        found = before.pop(name, None)
+        tensors.append(_added("added", tensor) if found is None else _pair(found, tensor))
+    tensors += [_added("removed", tensor) for tensor in before.values()]
     values = _values(_leaves(old.manifest), _leaves(new.manifest))
     renested = False
     if not values and all(tensor.old and tensor.new for tensor in tensors):
@@ -159,29 +181,67 @@ def compare(old: Side, new: Side) -> Diff:
     return Diff(old.label, new.label, tensors, values, renested)
 
 
-def _pair(
-    old: TensorRow, old_chunks: npt.NDArray[np.void], new: TensorRow, new_chunks: npt.NDArray[np.void]
-) -> TensorDiff:
-    n_chunks = len(new_chunks)
-    told = _type(old), _type(new), new.size, n_chunks
-    if (old.level, old.root) == (new.level, new.root):
-        return TensorDiff(new.name, "same" if told[0] == told[1] else "retyped", *told, 0, 0)
+class _Stored(NamedTuple):
+    """A tensor of a side, and whether its elements are what its dtype says."""
+
+    side: Side
+    row: TensorRow
+    chunks: npt.NDArray[np.void]
+    is_number: bool
+
+    def read(self, start: int, stop: int) -> U8:
+        assert self.side.read is not None
+        return self.side.read(self.row, self.chunks, start, stop)
+
+
+def _tensors(side: Side) -> dict[str, _Stored]:
+    rows = side.manifest.tensors
+    numbers = _numbers(side.manifest) if side.read else set()
+    found = zip(rows, side.chunks, strict=True)
+    return {row.name: _Stored(side, row, chunks, i in numbers) for i, (row, chunks) in enumerate(found)}
+
+
+def _numbers(manifest: Manifest) -> set[int]:
+    """Return the tensors whose dtype is an array's own: text, times and pickles are only carried."""
+    found = leaves.named(manifest.structure, len(manifest.tensors))
+    return {
+        leaf.at
+        for leaf in found
+        if leaf.is_array and leaf.view.dtype in (None, manifest.tensors[leaf.at].dtype)
+    }
+
+
+def _pair(old: _Stored, new: _Stored) -> TensorDiff:
+    told = _type(old.row), _type(new.row), new.row.size, len(new.chunks)
+    if (old.row.level, old.row.root) == (new.row.level, new.row.root):
+        return TensorDiff(new.row.name, "same" if told[0] == told[1] else "retyped", *told, 0, 0)
     # Counted: of two equal chunks where there was one before, the second differs.
-    there = Counter(chunk["id"].tobytes() for chunk in old_chunks)
+    there = Counter(chunk["id"].tobytes() for chunk in old.chunks)
     n_differing = differing_size = 0
-    for chunk in new_chunks:
+    for chunk in new.chunks:
         chunk_id = chunk["id"].tobytes()
         there[chunk_id] -= 1
         if there[chunk_id] < 0:
             n_differing += 1
             differing_size += int(chunk["size"])
     fate: Fate = "changed" if told[0] == told[1] else "retyped"
-    return TensorDiff(new.name, fate, *told, differing_size, n_differing)
+    return TensorDiff(new.row.name, fate, *told, differing_size, n_differing, _distance(old, new))
 
 
-def _added(fate: Literal["added", "removed"], row: TensorRow, chunks: npt.NDArray[np.void]) -> TensorDiff:
+def _distance(old: _Stored, new: _Stored) -> Distance | None:
+    is_alike = (old.row.dtype, old.row.shape) == (new.row.dtype, new.row.shape)
+    if not is_alike or old.side.read is None or new.side.read is None:
+        return None
+    meter = Meter(new.row.dtype, new.row.size, is_number=old.is_number and new.is_number)
+    for start, stop in windows(old.chunks, new.chunks, DTYPE_SIZES[new.row.dtype]):
+        meter.add(old.read(start, stop), new.read(start, stop))
+    return meter.distance()
+
+
+def _added(fate: Literal["added", "removed"], tensor: _Stored) -> TensorDiff:
+    row, n_chunks = tensor.row, len(tensor.chunks)
     old, new = (None, _type(row)) if fate == "added" else (_type(row), None)
-    return TensorDiff(row.name, fate, old, new, row.size, len(chunks), row.size, len(chunks))
+    return TensorDiff(row.name, fate, old, new, row.size, n_chunks, row.size, n_chunks)
 
 
 def _type(row: TensorRow) -> str:
@@ -194,7 +254,8 @@ def _told(tensor: TensorDiff) -> str:
         return f"{tensor.old or tensor.new}, {human_size(tensor.size)}"
     retyped = f"{tensor.old} -> {tensor.new}, " if tensor.fate == "retyped" else ""
     differing = f"{human_size(tensor.differing_size)} of {human_size(tensor.size)}"
-    return f"{retyped}{differing}, {tensor.n_differing} of {tensor.n_chunks} chunks"
+    distance = f"; {tensor.distance}" if tensor.distance else ""
+    return f"{retyped}{differing}, {tensor.n_differing} of {tensor.n_chunks} chunks{distance}"
 
 
 # -- values

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from deltackpt.codecs import Kind
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
 from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY
 
@@ -63,6 +64,21 @@ def _mantissa(dtype: np.dtype[Any]) -> int | None:
     if dtype.kind not in "fc" or dtype.itemsize // (1 + (dtype.kind == "c")) <= 8:
         return None
     return int(np.finfo(np.longdouble).nmant)
+
+
+@functools.lru_cache(_N_CACHED)
+def kind_of(name: str) -> Kind:
+    """Return what a codec may know of a dtype's elements; a complex number is two floats.
+
+    Examples
+    --------
+    >>> kind_of("bfloat16"), kind_of("complex64"), kind_of("int8")
+    (Kind(itemsize=2, is_float=True), Kind(itemsize=4, is_float=True), Kind(itemsize=1, is_float=False))
+    """
+    size = DTYPE_SIZES[name]
+    if name.startswith("complex"):
+        return Kind(size // 2, True)
+    return Kind(size, "float" in name and size > 1)
 
 
 @functools.lru_cache(_N_CACHED)

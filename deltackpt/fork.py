@@ -37,8 +37,8 @@ def take_over(session: Session, manifest: Manifest) -> None:
             group = nodes[start : start + _N_GROUP]
             ids = _as_ids(chunk_id for chunk_id, _ in group)
             held = session.look_up(ids)
-            for (chunk_id, is_float), pack in zip(group, held, strict=True):
-                if pack is None:
+            for (chunk_id, is_float), copy in zip(group, held, strict=True):
+                if copy is None:
                     _put_again(session, chunk_id, is_float=is_float and not level)
 
 

@@ -3,7 +3,7 @@
 Owns   the plan (a pure function), and the order of condemn, drain, sweep, delete.
 Never  deletes what a committed step needs, whatever runs beside it (format.md, "Garbage collection").
 
-    G1  mark; candidates are packs that nothing live needs and no open session wrote
+    G1  mark, live closed under bases; candidates are packs that nothing live needs and no open session wrote
     G2  create condemn-n, or adopt the one that is there
     G3  wait until every session of epoch <= n has ended, fencing those whose writer is dead
     G4  mark again; create sweep-n = condemn-n without what is live now, or adopt
@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from deltackpt import liveness, pack, process
+from deltackpt import liveness, pack, process, rebase
+from deltackpt.chains import as_ids
+from deltackpt.codecs import Kind
 from deltackpt.errors import ConflictError, CorruptError, FormatError, NotFoundError, StorageError
 from deltackpt.format import RECORD_HEADER, unseal
 from deltackpt.index import Segment
@@ -105,6 +107,8 @@ class GcResult:
         Packs seen, and their bytes in and out of use.
     n_dead, n_repacked : int
         Packs found wholly dead, and packs rewritten for their waste.
+    n_rebased : int
+        Deltas stored whole, so that bases which no step has can go.
     freed_size : int
         Bytes given back by this call; 0 in a dry run.
     n_deleted : int
@@ -121,6 +125,7 @@ class GcResult:
     dead_size: int = 0
     n_dead: int = 0
     n_repacked: int = 0
+    n_rebased: int = 0
     freed_size: int = 0
     n_deleted: int = 0
     waiting_for: list[str] = field(default_factory=list)
@@ -178,7 +183,9 @@ class _Gc:
 
     def run(self) -> GcResult:
         if self._result.dry_run:
-            self._measure(self._look())
+            seen = self._look()
+            self._result.n_rebased = len(rebase.plan(seen.links()).whole)
+            self._measure(seen)
             return self._result
         self._store.prepare_to_write()
         self._reap()
@@ -215,15 +222,24 @@ class _Gc:
         return None
 
     def _begin(self) -> int | None:
-        """Plan, repack, and condemn what is dead then; return the cycle, None if there is nothing to do."""
+        """Plan, rewrite, and condemn what is dead then; return the cycle, None if there is nothing to do."""
         seen = self._look()
-        chosen = self._measure(seen)
-        if not (chosen.dead or chosen.repack):
-            return None
-        dead = set(chosen.dead)
-        if chosen.repack:
+        try:
+            if whole := rebase.plan(seen.links()).whole:
+                self._rebase(seen, whole)
+                seen = self._look()
+            chosen = self._measure(seen)
+            if not (chosen.dead or chosen.repack):
+                return None
             victims = frozenset(chosen.repack)
-            self._repack(seen, victims)
+            if victims:
+                self._repack(seen, victims)
+        except NotFoundError:
+            if set(seen.packs) <= {PackName.from_key(key) for key in self._backend.names("packs/")}:
+                raise
+            return self._begin()  # another gc has moved and deleted meanwhile what was to be moved here
+        dead = set(chosen.dead)
+        if victims:
             seen = self._look()
             dead = {name for name, use in seen.use(avoid=victims).items() if not use.live_size}
         if not dead:
@@ -262,7 +278,27 @@ class _Gc:
             newest = {commit.slot.step: commit for commit in commits}
             refs.forget(commit.slot for commit in commits if commit is not newest[commit.slot.step])
 
-    # -- repack
+    # -- rewriting
+
+    def _rebase(self, seen: Liveness, chunk_ids: list[bytes]) -> None:
+        """Store deltas whole, as an ordinary session; what they needed is needed no more at the next look."""
+        rows = self._store.find(as_ids(chunk_ids))
+        bases = self._store.bases(rows)
+        with Session.for_gc(self._store, Slot(GC_RUN, seen.n_cycles, 1)) as session:
+            for i in np.lexsort((rows["offset"], rows["pack"])).tolist():
+                row, data = rows[i], np.empty(int(rows[i]["raw_size"]), np.uint8)
+                try:
+                    self._store.read_into(chunk_ids[i], row, data, bases)
+                except CorruptError as e:
+                    log.warning("%s; what is left of it stays as it is", e.message)
+                    continue
+                # Whether these are floats decides on a bit to rotate by, and nothing else; deltas mostly are.
+                itemsize = int(row["itemsize"])
+                session.put(chunk_ids[i], data, Kind(itemsize, itemsize > 1))
+            session.publish(None)
+            self._backend.barrier("index")
+            self._result.n_rebased = session.n_new_chunks
+            session.finish()
 
     def _repack(self, seen: Liveness, victims: frozenset[PackName]) -> None:
         """Copy what is in use in `victims` into new packs, as an ordinary session."""

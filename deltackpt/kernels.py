@@ -57,7 +57,13 @@ def describe() -> str:
     return f"C kernels, {isa}" if isa else "C kernels"
 
 
-def _check_bytes(where: str, data: U8) -> None:
+def native() -> Any:
+    """Return the compiled module, None where the NumPy twins answer."""
+    return _native
+
+
+def check_bytes(where: str, data: U8) -> None:
+    """Raise `InvalidInputError` unless `data` is contiguous uint8 of one dimension."""
     if (
         not isinstance(data, np.ndarray)
         or data.dtype != np.uint8
@@ -160,7 +166,7 @@ def cut_ref(data: U8, align: int, min_size: int, max_size: int, threshold: int) 
 
 def _check_cut(data: U8, align: int, min_size: int, max_size: int, threshold: int) -> tuple[int, int]:
     """The smallest and the largest chunk in elements."""
-    _check_bytes("cut: data", data)
+    check_bytes("cut: data", data)
     if align not in (2, 4, 8):
         raise InvalidInputError(f"cut: align is {align}, expected 2, 4 or 8")
     min_n, max_n = -(-min_size // align), max_size // align
@@ -334,7 +340,7 @@ def _split_out(data: U8, itemsize: int, out: U8 | None) -> U8:
     _check_planes("split_planes: data", data, itemsize)
     if out is None:
         return np.empty_like(data)
-    _check_bytes("split_planes: out", out)
+    check_bytes("split_planes: out", out)
     if out.size != data.size or np.may_share_memory(out, data):
         raise InvalidInputError(
             f"split_planes: out has {out.size} bytes, expected {data.size} apart from data"
@@ -343,7 +349,7 @@ def _split_out(data: U8, itemsize: int, out: U8 | None) -> U8:
 
 
 def _check_planes(where: str, data: U8, itemsize: int) -> None:
-    _check_bytes(where, data)
+    check_bytes(where, data)
     if itemsize not in _WIDTHS:
         raise InvalidInputError(f"{where}: itemsize is {itemsize}, expected 1, 2, 4 or 8")
     if data.size % itemsize:
@@ -352,7 +358,7 @@ def _check_planes(where: str, data: U8, itemsize: int) -> None:
 
 def _check_join(planes: U8, itemsize: int, out: U8) -> None:
     _check_planes("join_planes: planes", planes, itemsize)
-    _check_bytes("join_planes: out", out)
+    check_bytes("join_planes: out", out)
     if out.size != planes.size:
         raise InvalidInputError(f"join_planes: out has {out.size} bytes, expected {planes.size}")
     if not out.flags.writeable:
@@ -429,7 +435,7 @@ def plane_entropies_ref(planes: U8, n_planes: int, n_samples: int = 4096) -> lis
 
 def _sample(planes: U8, n_planes: int, n_samples: int) -> tuple[int, int]:
     """Odd step between samples and how many there are."""
-    _check_bytes("entropy: data", planes)
+    check_bytes("entropy: data", planes)
     if n_samples < 1:
         raise InvalidInputError(f"entropy: n_samples is {n_samples}, expected 1 or more")
     if n_planes < 1 or planes.size % n_planes:

@@ -1,6 +1,6 @@
 """Liveness: which chunks committed steps need, and which copy of each is in use.
 
-Owns   the mark: from commits over manifests and lists to chunks, and from chunks to packs.
+Owns   the mark: from commits over manifests and lists to chunks, from chunks to their bases, and to packs.
 Never  changes anything; what follows from it is gc's to decide.
 """
 
@@ -11,15 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from deltackpt.chains import as_ids
 from deltackpt.errors import CorruptError
-from deltackpt.format import CHUNK_ID_SIZE, PACK_HEADER, PACK_TRAILER, RECORD_HEADER, ROW
-from deltackpt.index import Segment
+from deltackpt.format import PACK_HEADER, PACK_TRAILER, RECORD_HEADER, ROW
+from deltackpt.index import Segment, keys_of
 from deltackpt.manifest import list_from_bytes
 from deltackpt.pack import PackName
+from deltackpt.rebase import Link
 from deltackpt.records import Commit, Slot
 from deltackpt.run import read_manifest
 from deltackpt.store import Store
+from deltackpt.types import U8
 
+Ints = npt.NDArray[np.int64]
+
+#: Tiers of packs; see `Liveness._tiers`.
+_UNLISTED, _NEVER = 3, 9
 #: Bytes of a pack without records: they count as used as soon as one record is.
 PACK_SIZE_MIN = PACK_HEADER.size + PACK_TRAILER.size
 
@@ -41,14 +48,14 @@ def look(store: Store) -> Liveness:
         If a committed step's manifest, list or chunk is missing or damaged: then what is live is not known.
     """
     while True:
-        steps = _steps(store)
+        before = _steps(store), set(store.backend.names("packs/"))
         try:
             seen = Liveness(store)
             seen.check_whole()
         except CorruptError:
-            if _steps(store) == steps:
+            if (_steps(store), set(store.backend.names("packs/"))) == before:
                 raise
-            # A step was saved while this looked, or forgotten and deleted by another gc: look again.
+            # A step was saved while this looked, or another gc moved what is in use, or deleted: look again.
         else:
             return seen
 
@@ -58,6 +65,16 @@ class Liveness:
 
     Listed in an order that can only err towards keeping: gc records, packs, sessions, refs, index.  A pack
     seen here whose session is not seen open has ended, so its decision is seen too.
+
+    What is in use is closed under bases: with a delta of depth d, a copy of its base of depth below d.  A
+    copy is *usable* if its pack may be relied on and, of a delta, if some usable copy of its base is of less
+    depth.  The copy in use is the usable one of least depth, so for any usable delta above it, it is low
+    enough.  The tier of a pack decides only between copies of one depth; were it first, a copy too deep for a
+    delta above it could be kept, and the one that the delta needs deleted.
+
+    One exception: a copy in a pack that no index lists, or with a base there, comes after all others, for it
+    may be gone after a power loss.  Where a delta, itself such a copy, needs its base with less depth than
+    the others have, both are in use.
     """
 
     def __init__(self, store: Store) -> None:
@@ -74,48 +91,122 @@ class Liveness:
         self._unlisted = frozenset(index.unlisted)
         self._rows = Segment.merge(index.segments)
         self._sizes = np.array([self.packs.get(name, 0) for name in self._rows.packs], np.int64)
-        self._chunk = live.find(self._rows.rows["id"], self._rows.keys, np.ones(1, np.bool_))
-        self._n_live = len(live.rows)
         self._store = store
+        self._number()
+        at = self._find(live)
+        self._wanted = self._chunk[at[at >= 0]]  # what steps have themselves
+        self._n_unknown = int((at < 0).sum())
 
-    def _tiers(self, avoid: frozenset[PackName], last: frozenset[PackName]) -> npt.NDArray[np.int64]:
-        """Rank the packs as places of copies: 0 rely on, 1 to 3 only if there is no better, 9 never."""
+    def _number(self) -> None:
+        """Number the chunks; note of each row its chunk, and that of its base, -1 where there is none."""
+        rows = self._rows.rows
+        is_new = np.ones(len(rows), np.bool_)
+        is_new[1:] = (rows["id"][1:] != rows["id"][:-1]).any(axis=1)
+        self._chunk = np.cumsum(is_new) - 1
+        self._n_chunks = int(is_new.sum())
+        self._base = np.full(len(rows), -1, np.int64)
+        deltas = np.flatnonzero(rows["depth"])
+        at = self._find(np.ascontiguousarray(rows["base"][deltas]))
+        self._base[deltas[at >= 0]] = self._chunk[at[at >= 0]]
+
+    def _find(self, ids: U8) -> Ints:
+        everywhere = np.ones(len(self._rows.packs), np.bool_)
+        at: Ints = self._rows.find(ids, keys_of(ids), everywhere)
+        return at
+
+    def _tiers(self, avoid: frozenset[PackName], last: frozenset[PackName]) -> Ints:
+        """Rank the places of rows: 0 rely on, 1 to 3 only if there is no better, 9 never."""
 
         def tier(name: PackName) -> int:
             if name not in self.packs or name in self._condemned - last:
-                return 9
+                return _NEVER
             if name in self._unlisted:  # perhaps not durable: a power loss could take it, not the other
-                return 3
+                return _UNLISTED
             if name in last:
                 return 2
             return 1 if name in avoid else 0
 
-        return np.array([tier(name) for name in self._rows.packs], np.int64)
+        tiers = np.array([tier(name) for name in self._rows.packs], np.int64)
+        of_rows: Ints = tiers[self._rows.rows["pack"]]
+        return of_rows
 
-    def _in_use(self, avoid: frozenset[PackName], last: frozenset[PackName]) -> npt.NDArray[np.int64]:
-        """Return the rows in use: of each live chunk the copy of lowest tier, then least depth, then in the
-        pack that is used most, so that two packs with the same content do not keep each other alive."""
+    def _usable(self, allowed: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return which of the allowed rows can be decoded from allowed ones: those of depth 0, then 1, ..."""
+        depths = self._rows.rows["depth"]
+        usable = np.zeros(len(depths), np.bool_)
+        there = np.zeros(self._n_chunks, np.bool_)
+        for depth in range(self._store.depth_max + 1):
+            at = np.flatnonzero(allowed & (depths == depth))
+            if depth:
+                at = at[self._base[at] >= 0]
+                at = at[there[self._base[at]]]
+            usable[at] = True
+            there[self._chunk[at]] = True
+            if depth >= int(depths.max(initial=0)):
+                break
+        return usable
+
+    def _needed(self, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Return the chunks that steps have, and those that any of their usable copies needs."""
+        needed = np.zeros(self._n_chunks, np.bool_)
+        needed[self._wanted] = True
+        deltas = np.flatnonzero(usable & (self._base >= 0))
+        while True:
+            bases = self._base[deltas[needed[self._chunk[deltas]]]]
+            if needed[bases].all():
+                return needed
+            needed[bases] = True
+
+    def _in_use(self, avoid: frozenset[PackName], last: frozenset[PackName]) -> Ints:
+        """Return the rows in use: of each live chunk the usable copy of least depth, then of lowest tier.
+
+        Then that in the pack which is used most: two packs of one content must not keep each other alive.
+        """
         rows, chunk = self._rows.rows, self._chunk
+        if not len(rows):
+            return np.zeros(0, np.int64)
         tiers = self._tiers(avoid, last)
-        at = np.flatnonzero((chunk >= 0) & (tiers[rows["pack"]] < 9)) if len(rows) else np.zeros(0, np.int64)
+        usable, listed = self._usable(tiers < _NEVER), self._usable(tiers < _UNLISTED)
+        at = np.flatnonzero(usable & self._needed(usable)[chunk])
         pack_of = rows["pack"][at]
         used = np.bincount(pack_of, _stored_sizes(rows[at]), len(self._sizes)) / np.maximum(self._sizes, 1)
-        by_name = np.argsort(np.argsort([name.key for name in self._rows.packs])) if len(tiers) else tiers
-        order = np.lexsort((by_name[pack_of], -used[pack_of], rows["depth"][at], tiers[pack_of], chunk[at]))
-        at = at[order]
-        first = np.ones(len(at), np.bool_)
-        first[1:] = chunk[at[1:]] != chunk[at[:-1]]
-        return at[first]
+        by_name = np.argsort(np.argsort([name.key for name in self._rows.packs]))
+        depths = rows["depth"].astype(np.int64)
+        order = (by_name[pack_of], -used[pack_of], tiers[at])
+        first = self._first(at[np.lexsort((*order, depths[at], ~listed[at], chunk[at]))])
+        shallowest = first
+        if not listed[at].all():
+            shallowest = self._first(at[np.lexsort((*order, ~listed[at], depths[at], chunk[at]))])
+        in_use = np.zeros(len(rows), np.bool_)
+        todo, below = self._wanted, np.full(len(self._wanted), self._store.depth_max + 1)
+        while len(todo):  # of ever less depth
+            choice = np.where(depths[first[todo]] < below, first[todo], shallowest[todo])
+            choice = np.unique(choice[first[todo] >= 0])
+            choice = choice[~in_use[choice]]
+            in_use[choice] = True
+            deltas = choice[depths[choice] > 0]
+            todo, below = self._base[deltas], depths[deltas]
+        return np.flatnonzero(in_use)
+
+    def _first(self, at: Ints) -> Ints:
+        """Return of each chunk its first row in `at`, where those of one chunk stand together; or -1."""
+        is_first = np.ones(len(at), np.bool_)
+        is_first[1:] = self._chunk[at[1:]] != self._chunk[at[:-1]]
+        first = np.full(self._n_chunks, -1, np.int64)
+        first[self._chunk[at[is_first]]] = at[is_first]
+        return first
 
     def check_whole(self) -> None:
-        """Refuse to go on when a live chunk has no copy at all: deleting would make it worse."""
+        """Refuse to go on when a live chunk cannot be there at all: deleting would make it worse."""
         there = np.array([name in self.packs for name in self._rows.packs], np.bool_)
-        rows = self._rows.rows
-        have = np.unique(self._chunk[there[rows["pack"]]]) if len(rows) else np.zeros(0, np.int64)
-        n_missing = self._n_live - int((have >= 0).sum())
+        have = np.zeros(self._n_chunks, np.bool_)
+        if len(self._rows.rows):
+            have[self._chunk[self._usable(there[self._rows.rows["pack"]])]] = True
+        n_missing = self._n_unknown + int((~have[self._wanted]).sum())
         if n_missing:
             raise CorruptError(
-                f"{self._store.url}: {n_missing} chunks that steps need are in no pack; nothing deleted",
+                f"{self._store.url}: {n_missing} chunks that steps need are in no pack, or lack a base; "
+                "nothing deleted",
                 hint="run deltackpt verify, and forget the damaged steps",
             )
 
@@ -135,8 +226,43 @@ class Liveness:
             if name not in self._condemned and name.sid not in self._writing
         }
 
+    def links(self) -> list[Link]:
+        """Return the records in use of chunks that no step has, and the deltas taken against them."""
+        if not self._rows.rows["depth"].any():
+            return []
+        at = self._in_use(frozenset(), frozenset())
+        rows, chunk, base = self._rows.rows[at], self._chunk[at], self._base[at]
+        wanted = np.zeros(self._n_chunks, np.bool_)
+        wanted[self._wanted] = True
+        unwanted = np.zeros(self._n_chunks + 1, np.bool_)  # the last for no base: -1
+        unwanted[chunk[~wanted[chunk]]] = True
+        whole_sizes = self._whole_sizes(at)
+        sizes = _stored_sizes(rows).astype(np.int64)
+        return [
+            Link(
+                rows["id"][i].tobytes(),
+                rows["base"][i].tobytes() if rows["depth"][i] else None,
+                int(rows["depth"][i]),
+                bool(wanted[chunk[i]]),
+                int(sizes[i]),
+                int(whole_sizes[i]),
+            )
+            for i in np.flatnonzero(unwanted[chunk] | unwanted[base]).tolist()
+        ]
+
+    def _whole_sizes(self, at: Ints) -> Ints:
+        """Return what chunks would take whole: about as much a byte as the one at the root of their chain."""
+        rows, chunk, base = self._rows.rows[at], self._chunk[at], self._base[at]
+        share = np.ones(self._n_chunks)
+        for depth in range(int(rows["depth"].max(initial=0)) + 1):
+            of = rows["depth"] == depth
+            known = rows["stored_size"][of] / np.maximum(rows["raw_size"][of], 1)
+            share[chunk[of]] = share[base[of]] if depth else known
+        sizes: Ints = (share[chunk] * rows["raw_size"]).astype(np.int64) + RECORD_HEADER.size + ROW.itemsize
+        return sizes
+
     def needed_from(self, condemned: frozenset[PackName]) -> frozenset[PackName]:
-        """Return those of the condemned packs that hold a live chunk's only copy."""
+        """Return those of the condemned packs that hold what is in use of a live chunk."""
         at = self._in_use(frozenset(), condemned)
         names = {self._rows.packs[n] for n in np.unique(self._rows.rows["pack"][at])}
         return frozenset(names & condemned)
@@ -169,8 +295,8 @@ def _steps(store: Store) -> set[Slot]:
     return {commit.slot for commit in _commits(store)[0]}
 
 
-def _live_ids(store: Store, commits: list[Commit]) -> Segment:
-    """Return the ids of all chunks and lists that commits need, as the rows of a segment."""
+def _live_ids(store: Store, commits: list[Commit]) -> U8:
+    """Return the ids of all chunks and lists that commits need."""
     nodes: set[tuple[int, bytes, int]] = set()
     for commit in commits:
         try:
@@ -183,8 +309,7 @@ def _live_ids(store: Store, commits: list[Commit]) -> Segment:
     found = {root for _, root, _ in nodes}
     for level in range(max((n[0] for n in nodes), default=0), 0, -1):
         lists = sorted(n for n in nodes if n[0] == level)
-        ids = np.frombuffer(b"".join(n[1] for n in lists), np.uint8).reshape(-1, CHUNK_ID_SIZE)
-        rows = store.find(ids)
+        rows = store.find(as_ids(n[1] for n in lists))
         for (_, chunk_id, size), row in zip(lists, rows, strict=True):
             data = np.empty(int(row["raw_size"]), np.uint8)
             store.read_into(chunk_id, row, data)
@@ -193,7 +318,4 @@ def _live_ids(store: Store, commits: list[Commit]) -> Segment:
                 found.add(child)
                 if level > 1:
                     nodes.add((level - 1, child, int(entry["size"])))
-    table = np.zeros(len(found), ROW)
-    if found:
-        table["id"] = np.frombuffer(b"".join(found), np.uint8).reshape(-1, CHUNK_ID_SIZE)
-    return Segment.build([(PackName(bytes(16), 0, 0), 0, table)])
+    return as_ids(found)

@@ -93,10 +93,20 @@ class Record(NamedTuple):
         return record
 
     @classmethod
-    def whole(cls, codec: int, itemsize: int, chunk_id: bytes, raw_size: int, payload: Payload) -> Record:
-        """Return the header of a chunk stored whole."""
+    def of(
+        cls,
+        payload: Payload,
+        *,
+        codec: int,
+        itemsize: int,
+        raw_size: int,
+        chunk_id: bytes,
+        depth: int = 0,
+        base: bytes = NO_BASE,
+    ) -> Record:
+        """Return a payload's header: of a chunk stored whole, or, with `depth` and `base`, of a delta."""
         check = xxhash.xxh3_64_intdigest(payload)
-        return cls(codec, 0, itemsize, raw_size, len(payload), chunk_id, NO_BASE, check)
+        return cls(codec, depth, itemsize, raw_size, len(payload), chunk_id, base, check)
 
     def to_bytes(self) -> bytes:
         """Return the header's bytes."""
@@ -109,7 +119,7 @@ class PackBuilder:
     Examples
     --------
     >>> builder = PackBuilder(bytes(16), PackName(bytes(16), 0, 0))
-    >>> record = Record.whole(0, 1, b"x" * 32, 3, b"abc")
+    >>> record = Record.of(b"abc", codec=0, itemsize=1, raw_size=3, chunk_id=b"x" * 32)
     >>> builder.add(record)
     >>> data = builder.header() + record.to_bytes() + b"abc" + builder.footer()
     >>> [r["raw_size"] for r in read_footer(lambda o, n: data[o:o + n], len(data), "here")]

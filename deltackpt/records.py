@@ -15,6 +15,7 @@ from typing import Any
 
 from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.format import check_features, seal, unseal
+from deltackpt.groups import GroupCost
 from deltackpt.pack import PackName
 
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -123,6 +124,8 @@ class Figures:
     n_tensors, n_chunks, n_new_chunks : int
     seconds : dict of str to float
         By phase, up to the decision.
+    groups : list of GroupCost
+        A dozen at most; none in what was saved before they were counted.
     """
 
     logical_size: int = 0
@@ -132,6 +135,7 @@ class Figures:
     n_chunks: int = 0
     n_new_chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    groups: list[GroupCost] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,12 +275,13 @@ def _figures(body: Any) -> Figures:
     if not isinstance(body, dict):
         raise TypeError(f"figures are {body!r:.80}")
     # A later version may count more.
-    figures = Figures(**{name: body[name] for name in Figures.__slots__ if name in body})
-    seconds = figures.seconds
-    counts = [value for name, value in asdict(figures).items() if name != "seconds"]
-    if not isinstance(seconds, dict) or not all(map(_is_number, [*counts, *seconds.values()])):
+    known = {name: body[name] for name in Figures.__slots__ if name in body}
+    seconds, groups = known.pop("seconds", {}), known.pop("groups", [])
+    if not isinstance(seconds, dict) or not all(map(_is_number, [*known.values(), *seconds.values()])):
         raise ValueError("a figure is of the wrong type")
-    return figures
+    if not isinstance(groups, list):
+        raise ValueError(f"groups are {groups!r:.80}")
+    return Figures(**known, seconds=seconds, groups=[GroupCost.from_json(group) for group in groups])
 
 
 def _origin(body: Any) -> Origin | None:

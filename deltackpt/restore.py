@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deltackpt.errors import CorruptError
-from deltackpt.format import LIST_ROW
+from deltackpt.format import CHUNK_SIZE_MAX, LIST_ROW
 from deltackpt.layout import Layout, touched
 from deltackpt.manifest import TensorRow, list_from_bytes
 from deltackpt.scratch import Scratch
@@ -154,6 +154,28 @@ def part(store: Store, row: TensorRow, layout: Layout) -> tuple[U8, Layout]:
     return data, layout.moved(-first)
 
 
+def stretch(store: Store, row: TensorRow, chunks: npt.NDArray[np.void], start: int, stop: int) -> U8:
+    """Rebuild a range of a tensor's bytes, from the chunks that `resolve` found; no other one is read.
+
+    Takes memory for those chunks whole, each of which is 64 MiB at most.
+
+    Raises
+    ------
+    CorruptError
+        If a chunk is missing or damaged; names the tensor, the chunk and its pack.
+    """
+    at = _starts(chunks)
+    first, end = int(np.searchsorted(at, start, "right")) - 1, int(np.searchsorted(at, stop))
+    table = chunks[first:end]
+    starts, skipped = _starts(table), start - int(at[first])
+    sizes = table["size"].astype(np.int64)
+    if int(sizes.max(initial=0)) > CHUNK_SIZE_MAX:
+        raise CorruptError(f"tensor {row.name!r}: a chunk of {sizes.max()} bytes, at most {CHUNK_SIZE_MAX}")
+    data = np.empty(int(sizes.sum()), np.uint8)
+    _read_all(store, table, lambda i: (row, data[starts[i] : starts[i] + sizes[i]]))
+    return data[skipped : skipped + stop - start]
+
+
 def _starts(table: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
     sizes = table["size"].astype(np.int64)
     return np.cumsum(sizes) - sizes
@@ -178,27 +200,63 @@ def _sparse(size: int) -> U8:
 
 
 def _read_all(
-    store: Store, chunks: npt.NDArray[np.void], place: Callable[[int], tuple[TensorRow, U8]]
+    store: Store,
+    chunks: npt.NDArray[np.void],
+    place: Callable[[int], tuple[TensorRow, U8]],
+    *,
+    is_kept: bool = True,
 ) -> None:
-    """Read chunks in threads, each to where `place` says, which also tells whose it is."""
+    """Read chunks in threads, each to where `place` says, which also tells whose it is.
+
+    A base that is wanted itself is decoded once: its deltas come in the round after it, and find it in its
+    place, unless nothing is kept there.
+    """
     sizes = chunks["size"].astype(np.int64)
     ids = np.ascontiguousarray(chunks["id"])
     found = store.find(ids)
+    bases = store.bases(found)
+    base_at = _wanted_bases(ids, found) if is_kept and bases else np.full(len(ids), -1)
+    rounds = _rounds(found, base_at)
     # In the order of the packs, so that disks are read forwards.
     order = np.lexsort((found["offset"], found["pack"]))
-    window: _Window[None] = _Window(4 * n_threads())
 
     def some(numbers: list[int]) -> None:
         for i in numbers:
             row, out = place(i)
+            base = place(base_at[i])[1] if base_at[i] >= 0 else None
             with _naming(row):
-                store.read_into(ids[i].tobytes(), found[i], out)
+                store.read_into(ids[i].tobytes(), found[i], out, bases, base)
 
-    try:
-        for first, stop in spans(np.cumsum(sizes[order]), _TASK_SIZE):
-            window.submit(some, order[first:stop].tolist())
-    finally:
-        window.finish()
+    for n in range(int(rounds.max(initial=0)) + 1):
+        window: _Window[None] = _Window(4 * n_threads())
+        numbers = order[rounds[order] == n]
+        try:
+            for first, stop in spans(np.cumsum(sizes[numbers]), _TASK_SIZE):
+                window.submit(some, numbers[first:stop].tolist())
+        finally:
+            window.finish()
+
+
+def _wanted_bases(ids: U8, found: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """Return of each chunk the number of its base among them; -1 if it has none, or it is not wanted."""
+    base_at = np.full(len(ids), -1, np.int64)
+    deltas = np.flatnonzero(found["depth"])
+    bases = [base.tobytes() for base in found["base"][deltas]]
+    asked = set(bases)
+    numbers = {i: n for n, i in enumerate(chunk_id.tobytes() for chunk_id in ids) if i in asked}
+    base_at[deltas] = [numbers.get(base, -1) for base in bases]
+    # As deep as its delta, it is not what the delta was taken against: read_into says so, or finds another.
+    base_at[found["depth"][base_at] >= found["depth"]] = -1
+    return base_at
+
+
+def _rounds(found: npt.NDArray[np.void], base_at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return when to read each chunk: in the round after the base that is read too, if there is one."""
+    rounds = np.zeros(len(found), np.int64)
+    for depth in range(1, int(found["depth"].max(initial=0)) + 1):
+        at = np.flatnonzero((found["depth"] == depth) & (base_at >= 0))
+        rounds[at] = rounds[base_at[at]] + 1
+    return rounds
 
 
 def check(store: Store, rows: Sequence[TensorRow]) -> None:
@@ -214,7 +272,11 @@ def check(store: Store, rows: Sequence[TensorRow]) -> None:
     owners = np.repeat(np.arange(len(tables)), [len(t) for t in tables])
     _, at = np.unique(chunks["id"], axis=0, return_index=True)  # what tensors share is read once
     chunks, owners = chunks[at], owners[at]
-    _read_all(store, chunks, lambda i: (rows[owners[i]], _decoded.scratch.of(int(chunks["size"][i]))))
+
+    def place(i: int) -> tuple[TensorRow, U8]:
+        return rows[owners[i]], _decoded.scratch.of(int(chunks["size"][i]))
+
+    _read_all(store, chunks, place, is_kept=False)
 
 
 class _Decoded(threading.local):

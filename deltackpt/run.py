@@ -8,6 +8,7 @@ Never  touches storage but through its store.
 from __future__ import annotations
 
 import errno
+import heapq
 import json
 import logging
 import math
@@ -19,9 +20,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
-from deltackpt import diff, loader, restore, snapshot
+from deltackpt import diff, kin, loader, restore, snapshot
 from deltackpt.diff import Diff, Side
 from deltackpt.errors import (
     AlreadyExistsError,
@@ -34,20 +37,23 @@ from deltackpt.errors import (
 )
 from deltackpt.fork import take_over
 from deltackpt.loader import DeviceMap
-from deltackpt.manifest import Manifest
+from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.memory import Memory
 from deltackpt.records import Commit, Figures, Origin, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Retention, Rule
 from deltackpt.session import Session
-from deltackpt.snapshot import Memory
+from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Store, Where, open_store
-from deltackpt.types import State
+from deltackpt.types import U8, Deferred, State, Tensor
 
 log = logging.getLogger("deltackpt")
 R = TypeVar("R")
 
 #: Errors that writing the same bytes again would meet again.
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+#: Other runs looked at for a first save's base: each costs a listing and a read.
+_N_OTHERS_MAX = 64
 #: Metadata is read whenever steps are listed.
 _METADATA_SIZE_MAX = 1 << 20
 
@@ -67,7 +73,7 @@ class Run:
     ([10, 20, 30], 3, True, False)
     """
 
-    def __init__(self, store: Store, name: str, *, keep: Rule | None = None) -> None:
+    def __init__(self, store: Store, name: str, *, keep: Rule | None = None, shadow: int = SIZE_MAX) -> None:
         if not isinstance(keep, Rule | None):
             raise InvalidInputError(
                 f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
@@ -77,6 +83,7 @@ class Run:
         self.keep = keep
         self._resumed: int | None = None
         self._memory: Memory | None = None
+        self._shadow = Shadow(_bytes("shadow", shadow))
         self._last_step: int | None = None
         self._lock = threading.Lock()
 
@@ -92,6 +99,7 @@ class Run:
         """Forget what is remembered of the last snapshot."""
         with self._lock:
             self._memory = None
+            self._shadow.clear()
 
     # -- steps
 
@@ -367,26 +375,32 @@ class Run:
                     n_new_chunks=session.n_new_chunks,
                     written_size=session.written_size,
                     seconds={},
+                    groups=[replace(group, based_size=0, codecs={}) for group in source.figures.groups],
                 ),
                 origin=Origin(self.name, source.slot.step),
             )
         return branch
 
-    def diff(self, a: int | str, b: int | str, *, other: Run | None = None) -> Diff:
+    def diff(self, a: int | str, b: int | str, *, other: Run | None = None, values: bool = False) -> Diff:
         """Return what differs between two steps, tensor by tensor and value by value.
 
-        Reads their manifests and lists of chunks, no tensor.
+        Reads their manifests and lists of chunks, and no tensor unless `values` are asked for.
 
         Parameters
         ----------
         a, b : int, "latest" or "latest-good"
         other : Run, optional
             The run that `b` is of, in this store or another; by default this one.
+        values : bool
+            Say of each tensor that differs how many elements and bytes do, and by how much.  Reads the chunks
+            that only one of them has, 8 MiB of either at a time.
 
         Raises
         ------
         NotFoundError
             If there is no such step; names the nearest.
+        CorruptError
+            If a list, or with `values` a chunk, is missing or damaged.
 
         Examples
         --------
@@ -400,15 +414,23 @@ class Run:
         changed  w   24 B of 24 B, 1 of 1 chunks
         value    lr  0.1 -> 0.05
         1 same, 1 changed, 0 added, 0 removed, 0 retyped; 24 B of 64 B differ
+        >>> run.diff(10, 20, values=True).tensors[0].distance.step_max
+        10
         """
-        return diff.compare(self._side(a), (other or self)._side(b))
+        return diff.compare(self._side(a, values), (other or self)._side(b, values))
 
-    def _side(self, step: int | str) -> Side:
+    def _side(self, step: int | str, values: bool) -> Side:
         commit = self._find(step)
+
+        def read(row: TensorRow, chunks: npt.NDArray[np.void], start: int, stop: int) -> U8:
+            with self.reading(commit):
+                return restore.stretch(self.store, row, chunks, start, stop)
+
         with self.reading(commit):
             manifest = read_manifest(self.store, commit)
             label = f"{self.name} step {commit.slot.step}"
-            return Side(label, manifest, restore.resolve(self.store, manifest.tensors))
+            chunks = restore.resolve(self.store, manifest.tensors)
+            return Side(label, manifest, chunks, read if values else None)
 
     # -- save
 
@@ -453,8 +475,7 @@ class Run:
         start: float,
     ) -> SaveReport:
         with session:
-            assert self._memory is not None
-            saved = snapshot.save(session, state, self._memory, allow_pickle=allow_pickle)
+            saved = snapshot.save(session, state, self._before, self._shadow, allow_pickle=allow_pickle)
             at = time.perf_counter()
             manifest = saved.manifest.to_bytes()
             session.publish(manifest)
@@ -468,6 +489,7 @@ class Run:
                 saved.n_chunks,
                 session.n_new_chunks,
                 {phase: round(s, 6) for phase, s in saved.seconds.items()},
+                saved.costs(session.rows()),
             )
             packs = session.packs()
             before = session.superseded
@@ -479,6 +501,7 @@ class Run:
                 figures=figures,
             )
         self._memory = saved.memory(packs)
+        self._shadow.replace(saved.fresh)
         self._last_step = commit.slot.step
         end = time.perf_counter()
         return SaveReport(
@@ -492,26 +515,46 @@ class Run:
             figures.n_new_chunks,
             {**saved.seconds, "commit": end - published},
             end - start,
+            groups=figures.groups,
         )
 
     def _prepare(self) -> None:
         """Read the lists of the run's latest snapshot, unless this process remembers one."""
         if self._memory is not None:
             return
-        memory = Memory()
         try:
             commit = self.store.refs.latest(self.name)
             if commit is None:
                 self.store.refs.check_new_run(self.name)
-            else:
-                if self._resumed is None and self._last_step is None:
-                    self._resumed = commit.slot.step
-                self._last_step = commit.slot.step
-                memory = Memory.from_store(self.store, read_manifest(self.store, commit))
+                return
+            if self._resumed is None and self._last_step is None:
+                self._resumed = commit.slot.step
+            self._last_step = commit.slot.step
+            self._memory = Memory.from_store(self.store, read_manifest(self.store, commit))
         except (CorruptError, NotFoundError) as e:
             # A damaged step must not keep the next one from being saved, whole if need be.
             log.warning("run %r: %s; saving without the step before", self.name, e.message)
-        self._memory = memory
+
+    def _before(self, tensors: Sequence[Tensor | Deferred]) -> Memory:
+        """Return what is remembered of the step before, or of the likest step of another run."""
+        return self._memory or kin.nearest(self.store, self._others(), tensors)
+
+    def _others(self) -> Iterator[Manifest]:
+        """Read what some other runs hold last, the newest first; damaged ones are passed over."""
+        refs = self.store.refs
+        latest = []
+        try:
+            for name in refs.runs()[-_N_OTHERS_MAX:]:
+                commit = refs.latest(name) if name != self.name else None
+                if commit is not None:
+                    latest.append(commit)
+        except DeltackptError as e:
+            log.info("not all runs are looked at for a base: %s", e.message)
+        for commit in heapq.nlargest(kin.N_SNAPSHOTS, latest, key=lambda c: c.created_s):
+            try:
+                yield read_manifest(self.store, commit)
+            except DeltackptError as e:
+                log.info("run %r is passed over as a base: %s", commit.slot.run, e.message)
 
     # -- load
 
@@ -604,6 +647,12 @@ def read_manifest_bytes(store: Store, commit: Commit) -> bytes:
     return data
 
 
+def _bytes(name: str, size: Any) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise InvalidInputError(f"{name}: found {size!r}, expected bytes, 0 or more", hint=f"{name}=1 << 30")
+    return size
+
+
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return metrics as plain floats; refuse what is no finite number."""
     if not isinstance(metrics, Mapping):
@@ -643,7 +692,14 @@ def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def open_run(store: Where, run: str = "main", *, create: bool = True, keep: Rule | None = None) -> Run:
+def open_run(
+    store: Where,
+    run: str = "main",
+    *,
+    create: bool = True,
+    keep: Rule | None = None,
+    shadow: int = SIZE_MAX,
+) -> Run:
     """Open a run, and its store.
 
     Parameters
@@ -657,6 +713,10 @@ def open_run(store: Where, run: str = "main", *, create: bool = True, keep: Rule
         After each save, once it is durable, forget the steps that this does not keep; by default all stay.
         What stays always: the step just saved, the latest, those pinned, and the one this job went on from:
         which it loaded last, or else the latest when it first saved.
+    shadow : int
+        Bytes of memory, at most, in which the tensors that changed in the last save are kept: the next save
+        takes its deltas against them.  What has no room is read back from the store for it, which takes
+        about as long as encoding does; 0 keeps nothing.
 
     Examples
     --------
@@ -674,4 +734,4 @@ def open_run(store: Where, run: str = "main", *, create: bool = True, keep: Rule
     ([100, 120, 130, 140], [])
     """
     check_run(run)
-    return Run(open_store(store, create=create), run, keep=keep)
+    return Run(open_store(store, create=create), run, keep=keep, shadow=shadow)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,16 +22,19 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 from blake3 import blake3
 
-from deltackpt import codecs, process
+from deltackpt import chains, codecs, process
 from deltackpt.backends import Writer
-from deltackpt.codecs import Chunk, Kind
+from deltackpt.chains import Chains, Copy
+from deltackpt.codecs import Base, Chunk, Kind
 from deltackpt.errors import AlreadyExistsError, ConflictError, DeltackptError, NotFoundError, StorageError
-from deltackpt.format import seal
+from deltackpt.format import NO_BASE, ROW, seal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.pack import PackBuilder, PackName, Payload, Record
 from deltackpt.records import Commit, Figures, Origin, SessionName, Slot, index_key, manifest_key
+from deltackpt.scratch import Scratch
 from deltackpt.store import Store, workers
 from deltackpt.types import U8
 
@@ -44,6 +48,36 @@ _WRITE_SIZE = 1 << 20
 _BATCH_SIZE = 1 << 20
 #: Bytes of chunks being encoded or waiting to be written: what a save needs in memory, about.
 _WINDOW_SIZE = 16 << 20
+
+
+class Parent(NamedTuple):
+    """What a chunk may be stored as a delta against.
+
+    Parameters
+    ----------
+    id : bytes
+        Of a chunk that `Session.look_up` found, or that was put into the same session before.
+    depth : int
+        As `look_up` said; of a chunk of the same session it says nothing, since what that chunk becomes is
+        known only once it is encoded.
+    data : ndarray of uint8 or None
+        Its decoded bytes, known to be those of the id, and not changed until `publish` returns; None: a
+        thread reads them from the store.  Of a chunk of the same session they must be given.
+    raw_size : int
+    offset, cast : int
+        See `codecs.Base`.
+    packs : frozenset of PackName
+        As `look_up` said; `Session.packs` has them once a delta of this is written.  Of a chunk of the same
+        session they are not needed; of another one, `put` asks for them if there are none, 100 us a chunk.
+    """
+
+    id: bytes
+    depth: int
+    data: U8 | None
+    raw_size: int
+    offset: int = 0
+    cast: int = 0
+    packs: frozenset[PackName] = frozenset()
 
 
 class Session:
@@ -93,11 +127,12 @@ class Session:
         self.written_size = 0
         self._backend = store.backend
         self._index: Index | None = None
-        self._new: set[bytes] = set()
-        self._batch_ids: list[bytes] = []
-        self._batch: list[Chunk] = []
+        self._lost: set[PackName] = set()
+        #: Depth of each chunk put, at most; exactly, once its record is in a pack.
+        self._new: dict[bytes, int] = {}
+        self._batch: list[_Put] = []
         self._batch_size = 0
-        self._encoding: deque[tuple[int, Future[list[_Ready]]]] = deque()
+        self._encoding: deque[tuple[int, list[_Put], Future[list[_Ready]]]] = deque()
         self._in_flight_size = 0
         self._buffers: defaultdict[int, list[U8]] = defaultdict(list)  # free ones, by bits of their size
         self._packs: list[tuple[PackName, int, Rows]] = []
@@ -105,6 +140,7 @@ class Session:
         self._closing: deque[Future[int]] = deque()
         self._closer: ThreadPoolExecutor | None = None
         self._present: dict[PackName, bool] = {}
+        self._needed: set[PackName] = set()  # by the chains of what is written here
         store.prepare_to_write()
         epoch, _ = store.gc_state()  # W1
         self.name = SessionName(self.sid, epoch, slot)
@@ -140,8 +176,11 @@ class Session:
             self._present[name] = self._backend.exists(name.key)
         return self._present[name]
 
-    def look_up(self, ids: U8) -> list[PackName | None]:
-        """Return the pack that holds each chunk; None for what the store lacks, which must be `put`.
+    def look_up(self, ids: U8) -> list[Copy | None]:
+        """Return a copy of each chunk that can be relied on; None for what must be `put`.
+
+        A copy counts only with its whole chain: every base must be in a pack that a new save may use, or
+        this one would rely on what gc deletes.
 
         Parameters
         ----------
@@ -149,52 +188,111 @@ class Session:
         """
         if self._index is None:
             self._index = self.store.refresh()
-        avoid = set(self._condemned) | self._index.unlisted
+        return Chains(self._index.packs, self._find, self._copies, self.store.depth_max).look_up(ids)
+
+    def _find(self, ids: U8) -> tuple[npt.NDArray[np.bool_], Rows]:
+        """Look ids up in the packs that a new save may use; zeros where not found."""
+        assert self._index is not None
         while True:
-            found, rows = self._index.find(ids, avoid)
-            numbers = rows["pack"].tolist()
-            packs = {n: self._index.packs[n] for n in set(rows["pack"][found].tolist())}
-            lost = {name for name in packs.values() if not self._is_present(name)}
+            found, rows = self._index.find(ids, self._off_limits())
+            names = {self._index.packs[n] for n in set(rows["pack"][found].tolist())}
+            lost = {name for name in names if not self._is_present(name)}
             if not lost:
                 break
-            avoid |= lost  # a pack that somebody deleted: what it held is written again
+            self._lost |= lost  # a pack that somebody deleted: what it held is written again
         if self._quarantined:
-            found &= np.array([i.tobytes().hex() not in self._quarantined for i in ids], np.bool_)
-        return [packs[n] if there else None for n, there in zip(numbers, found.tolist(), strict=True)]
+            found &= np.array([not self._is_quarantined(i.tobytes()) for i in ids], np.bool_)
+            rows[~found] = np.zeros(1, ROW)
+        return found, rows
+
+    def _off_limits(self) -> set[PackName]:
+        assert self._index is not None
+        return {*self._condemned, *self._lost, *self._index.unlisted}
+
+    def _is_quarantined(self, chunk_id: bytes) -> bool:
+        return chunk_id.hex() in self._quarantined
+
+    def _copies(self, chunk_id: bytes) -> list[np.void]:
+        """Return the rows of a chunk in packs that a new save may use."""
+        assert self._index is not None
+        if self._is_quarantined(chunk_id):
+            return []
+        avoid, packs = self._off_limits(), self._index.packs
+        rows = [(packs[int(row["pack"])], row) for row in self._index.copies(chunk_id)]
+        return [row for name, row in rows if name not in avoid and self._is_present(name)]
 
     # -- writing chunks
 
-    def put(self, chunk_id: bytes, data: U8, kind: Kind) -> None:
+    def put(
+        self,
+        chunk_id: bytes,
+        data: U8,
+        kind: Kind,
+        base: Parent | None = None,
+        mode: codecs.Mode | None = None,
+    ) -> None:
         """Store a chunk that `look_up` does not find; once, however often it is put.
 
         `data` is read until `publish` returns, and must not change until then.
+
+        Parameters
+        ----------
+        chunk_id : bytes
+        data : ndarray of uint8
+        kind : Kind
+        base : Parent, optional
+            Store the difference to this chunk, if that is smaller.  If it cannot be read, or would make a
+            chain deeper than the store allows, the chunk is stored whole: an old chunk that is damaged must
+            not keep a new step from being saved.
+        mode : codecs.Mode, optional
+            How the difference is taken; by default whoever encodes tries what fits.
         """
         if chunk_id in self._new:
             return
-        self._new.add(chunk_id)
+        depth, is_ours = 0, base is not None and base.id in self._new
+        if base is not None and not is_ours and not base.packs:
+            base = self._relied_on(base)
+        if base is not None:
+            depth = (self._new[base.id] if is_ours else base.depth) + 1
+            if depth > self.store.depth_max:
+                depth, base = 0, None
+        self._new[chunk_id] = depth
         self.new_size += data.size
         self.n_new_chunks += 1
-        self._batch_ids.append(chunk_id)
-        self._batch.append(Chunk(data, kind, self._buffer(codecs.room(data.size))))
-        self._batch_size += data.size
+        self._batch.append(
+            _Put(chunk_id, data, kind, self._buffer(codecs.room(data.size)), base, is_ours, mode)
+        )
+        # A base is memory too, if it has to be read.
+        self._batch_size += data.size + (base.raw_size if base is not None and base.data is None else 0)
         if self._batch_size >= _BATCH_SIZE:
             self._submit()
 
+    def _relied_on(self, base: Parent) -> Parent | None:
+        """Return a parent as it is in the store; None if it cannot be relied on."""
+        [copy] = self.look_up(chains.as_ids([base.id]))
+        return base._replace(depth=copy.depth, packs=copy.packs) if copy is not None else None
+
     def _submit(self) -> None:
         """Have the batch encoded; write what is ready while more than the window is under way."""
-        encoded = workers.get().submit(_encode, self._batch_ids, self._batch)
-        self._encoding.append((self._batch_size, encoded))
+        encoded = workers.get().submit(_encode, self.store, self._batch)
+        self._encoding.append((self._batch_size, self._batch, encoded))
         self._in_flight_size += self._batch_size
-        self._batch_ids, self._batch, self._batch_size = [], [], 0
+        self._batch, self._batch_size = [], 0
         while self._in_flight_size > _WINDOW_SIZE:
             self._drain()
 
     def _drain(self) -> None:
-        size, batch = self._encoding.popleft()
+        size, batch, encoded = self._encoding.popleft()
         self._in_flight_size -= size
-        for record, payload, buffer in batch.result():
+        for put, (record, payload) in zip(batch, encoded.result(), strict=True):
+            if record.base != NO_BASE and put.is_ours:
+                # Put before, so in a pack by now: its depth is known.
+                record = record._replace(depth=self._new[record.base] + 1)
+            self._new[put.id] = record.depth
+            if put.base is not None and record.depth:
+                self._needed |= put.base.packs
             # Once it is written, the memory of the payload serves for another chunk.
-            for free in self._room().add(record, payload, buffer):
+            for free in self._room().add(record, payload, put.buffer):
                 self._buffers[free.size.bit_length()].append(free)
 
     def _buffer(self, size: int) -> U8:
@@ -205,7 +303,7 @@ class Session:
 
     def copy(self, record: Record, payload: U8) -> None:
         """Take over a record from another pack as it is."""
-        self._new.add(record.id)
+        self._new[record.id] = record.depth
         self._room().add(record, payload, payload)
 
     def _room(self) -> _Pack:
@@ -228,9 +326,17 @@ class Session:
         self._pack = None
 
     def packs(self) -> frozenset[PackName]:
-        """Return the packs written so far, the one being filled included."""
-        names = {name for name, _, _ in self._packs}
+        """Return the packs written so far, that being filled included, and those that their deltas need."""
+        names = self._needed.union(name for name, _, _ in self._packs)
         return frozenset(names | {self._pack.builder.name} if self._pack else names)
+
+    def rows(self) -> Rows:
+        """Return a row of each record written, in order: what codec, depth and size each chunk got.
+
+        Complete once `publish` has returned; `pack` says nothing.
+        """
+        open_pack = [self._pack.builder.rows()] if self._pack else []
+        return np.concatenate([np.zeros(0, ROW), *(rows for _, _, rows in self._packs), *open_pack])
 
     # -- deciding
 
@@ -333,8 +439,8 @@ class Session:
         """
         if self.name is None:
             return
-        for _, batch in self._encoding:
-            batch.cancel()
+        for *_, encoded in self._encoding:
+            encoded.cancel()
         try:
             if self._pack is not None:
                 self._pack.writer.abort()
@@ -396,17 +502,79 @@ def _done(value: int) -> Future[int]:
     return future
 
 
+class _Put(NamedTuple):
+    """A chunk to be stored; `buffer` may come to hold its payload.  `is_ours`: its base was put here too."""
+
+    id: bytes
+    data: U8
+    kind: Kind
+    buffer: U8
+    base: Parent | None
+    is_ours: bool
+    mode: codecs.Mode | None
+
+
 class _Ready(NamedTuple):
-    """A chunk as a record; `buffer` may hold its payload."""
+    """A chunk as a record."""
 
     record: Record
     payload: Payload
-    buffer: U8
 
 
-def _encode(ids: list[bytes], chunks: list[Chunk]) -> list[_Ready]:
+class _Local(threading.local):
+    """What each thread reads the bases of a batch into."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_local = _Local()
+
+
+def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
+    read = _read_bases(store, [put.base for put in puts if put.base is not None and put.base.data is None])
+    chunks = []
+    for put in puts:
+        base = None
+        if put.base is not None:
+            data = put.base.data if put.base.data is not None else read.get(put.base.id)
+            base = Base(data, put.base.offset, put.base.cast) if data is not None else None
+        chunks.append(Chunk(put.data, put.kind, put.buffer, base, put.mode))
     ready = []
-    for chunk_id, chunk, (codec, payload) in zip(ids, chunks, codecs.encode_all(chunks), strict=True):
-        record = Record.whole(codec, chunk.kind.itemsize, chunk_id, chunk.data.size, payload)
-        ready.append(_Ready(record, payload, chunk.buffer))
+    for put, (codec, payload) in zip(puts, codecs.encode_all(chunks), strict=True):
+        is_delta = put.base is not None and codec in codecs.DELTAS
+        record = Record.of(
+            payload,
+            codec=codec,
+            itemsize=put.kind.itemsize,
+            raw_size=put.data.size,
+            chunk_id=put.id,
+            depth=put.base.depth + 1 if put.base is not None and is_delta else 0,
+            base=put.base.id if put.base is not None and is_delta else NO_BASE,
+        )
+        ready.append(_Ready(record, payload))
     return ready
+
+
+def _read_bases(store: Store, bases: list[Parent]) -> dict[bytes, U8]:
+    """Read chunks that others are to be compared with, each once; those that cannot be read are left out."""
+    sizes = {base.id: base.raw_size for base in bases}
+    memory = _local.scratch.of(sum(sizes.values()))
+    read: dict[bytes, U8] = {}
+    at = 0
+    try:
+        rows = store.find(chains.as_ids(sizes)) if sizes else np.zeros(0, ROW)
+        below = store.bases(rows)
+    except DeltackptError as e:
+        log.warning("%s; what was to be a delta is stored whole", e.message)
+        return read
+    for (chunk_id, size), row in zip(sizes.items(), rows, strict=True):
+        out = memory[at : at + size]
+        at += size
+        try:
+            store.read_into(chunk_id, row, out, below)
+        except DeltackptError as e:
+            log.warning("%s; what was to be a delta of it is stored whole", e.message)
+        else:
+            read[chunk_id] = out
+    return read

@@ -1,116 +1,72 @@
 """A snapshot: a state as tensors, chunks and a manifest.  The way back is in restore.py and loader.py.
 
-Owns   which of a tensor's chunks are new, its lists and its row; what is remembered of the last one.
+Owns   which of a tensor's chunks are new, its lists and its row.
 Never  touches storage but through a store or a session, or knows about steps and runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from blake3 import blake3
 
-from deltackpt import tree
+from deltackpt import codecs, tree
+from deltackpt.bases import Bases, CastOf, Lacking, Put
+from deltackpt.casts import Casts, Source
 from deltackpt.codecs import Kind
+from deltackpt.digests import fingerprint, identify
+from deltackpt.dtypes import kind_of
+from deltackpt.errors import DeltackptError
 from deltackpt.format import CHUNK_ID_SIZE
+from deltackpt.groups import GroupCost
+from deltackpt.index import Rows
 from deltackpt.manifest import Manifest, TensorRow, build_lists
+from deltackpt.memory import Ends, Known, Memory
 from deltackpt.pack import PackName
-from deltackpt.restore import resolve, spans
 from deltackpt.session import Session
-from deltackpt.store import Store, n_threads, workers
+from deltackpt.shadow import Fresh, Shadow
+from deltackpt.tally import Tally
 from deltackpt.types import DTYPE_SIZES, U8, Deferred, State, Tensor
 
-Ends = npt.NDArray[np.int64]
-T = TypeVar("T")
-R = TypeVar("R")
+#: What is remembered, given the tensors to be saved.
+Before: TypeAlias = Callable[[Sequence[Tensor | Deferred]], Memory]
 
-#: Bytes a thread takes at a time: a task costs about 30 us, hashing this much 200 us and more.
-_TASK_SIZE = 4 << 20
 #: A remembered set of packs only grows; past this many a tensor's chunks are looked up again, 1 us each.
 _N_PACKS_MAX = 16
 #: Bytes of changed tensors whose chunks are looked up together.
 _GROUP_SIZE = 8 << 20
+#: With fewer deltas than this in a tensor, each tries what fits it best: trying costs some five encodings.
+_N_TRY_EACH = 3
 _LIST_KIND = Kind(1, False)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Known:
-    """What is remembered of a tensor, so that the next save finds what changed.
-
-    Parameters
-    ----------
-    row : TensorRow
-    ends : ndarray of int64, shape (n,)
-        Where its chunks end.
-    ids : ndarray of uint8, shape (n, 32)
-    fingerprints : list of bytes or None
-        xxh3_128 of each chunk; None when it was read from the store and not seen in this process.
-    packs : frozenset of PackName or None
-        Packs that hold its chunks and lists, perhaps among others; None when not looked up yet.
-    """
-
-    row: TensorRow
-    ends: Ends
-    ids: U8
-    fingerprints: list[bytes] | None
-    packs: frozenset[PackName] | None
-
-
-class Memory:
-    """The tensors of one snapshot as `Known`, by name and by content."""
-
-    def __init__(self, tensors: Iterable[Known] = ()) -> None:
-        self._by_name: dict[str, Known] = {}
-        self._by_content: dict[tuple[int, bytes], Known] = {}
-        for known in tensors:
-            self.add(known)
-
-    def add(self, known: Known) -> None:
-        """Remember one more tensor."""
-        self._by_name[known.row.name] = known
-        self._by_content[known.row.size, known.row.fingerprint] = known
-
-    def same_place(self, tensor: Tensor) -> Known | None:
-        """Return what had this tensor's name, dtype and shape."""
-        known = self._by_name.get(tensor.name)
-        if known is not None and known.row.dtype == tensor.dtype and known.row.shape == tensor.shape:
-            return known
-        return None
-
-    def same_content(self, size: int, fingerprint: bytes) -> Known | None:
-        """Return what, by its fingerprint, had the same bytes; a hint which cuts to try."""
-        return self._by_content.get((size, fingerprint))
-
-    @classmethod
-    def from_store(cls, store: Store, manifest: Manifest) -> Memory:
-        """Read a snapshot's lists, and none of its tensors."""
-        rows = [row for row in manifest.tensors if row.size]
-        lists = resolve(store, rows)
-        return cls(
-            Known(
-                row,
-                np.cumsum(chunks["size"].astype(np.int64)),
-                np.ascontiguousarray(chunks["id"]),
-                None,
-                None,
-            )
-            for row, chunks in zip(rows, lists, strict=True)
-        )
 
 
 @dataclass(slots=True)
 class Saved:
-    """What `save` made: the manifest, what to remember, and its figures."""
+    """What `save` made: the manifest, what to remember, and its figures.
+
+    Parameters
+    ----------
+    manifest : Manifest
+    tensors : list of Known
+    changed : set of str
+        Tensors with chunks or lists in the packs of this session.
+    fresh : list of Fresh
+        Tensors that changed, for the shadow.
+    tally : Tally
+        What was put for which tensor.
+    """
 
     manifest: Manifest
     tensors: list[Known]
     changed: set[str]
+    fresh: list[Fresh]
+    tally: Tally
     logical_size: int = 0
     n_chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -126,6 +82,11 @@ class Saved:
             tensors.append(known)
         return Memory(tensors)
 
+    def costs(self, rows: Rows) -> list[GroupCost]:
+        """Return what each group of tensors cost, given the rows of what the session wrote."""
+        n_chunks = {known.row.name: len(known.ends) for known in self.tensors}
+        return self.tally.costs([(row, n_chunks.get(row.name, 0)) for row in self.manifest.tensors], rows)
+
 
 class _Clock:
     """Seconds of the calling thread by phase."""
@@ -140,15 +101,25 @@ class _Clock:
         self._last = now
 
 
-def save(session: Session, state: State, memory: Memory, *, allow_pickle: bool = False) -> Saved:
+def save(
+    session: Session,
+    state: State,
+    before: Before,
+    shadow: Shadow,
+    *,
+    allow_pickle: bool = False,
+) -> Saved:
     """Put the chunks of a state that the store lacks into a session.
 
     Parameters
     ----------
     session : Session
     state : State
-    memory : Memory
-        The previous snapshot: its boundaries are kept where a tensor kept its name, dtype and shape.
+    before : callable
+        Given the state's tensors, returns what is remembered of the previous snapshot: its boundaries are
+        kept where a tensor kept name, dtype and shape, and its chunks are what the new ones are deltas of.
+    shadow : Shadow
+        The previous snapshot's bytes, as far as they are in memory.
     allow_pickle : bool
         Pickle what has no plain form.
 
@@ -160,14 +131,21 @@ def save(session: Session, state: State, memory: Memory, *, allow_pickle: bool =
     clock = _Clock()
     flat = tree.flatten(state, allow_pickle=allow_pickle)
     clock.lap("flatten")
-    saver = _Saver(session, memory, clock)
+    saver = _Saver(session, before(flat.tensors), shadow, clock)
     knowns = saver.all(flat.tensors)
     rows = [
         known.row if known is not None else _row(tensor, 0, b"", xxhash.xxh3_128_digest(b""))
         for tensor, known in zip(flat.tensors, knowns, strict=True)
     ]
     tensors = [known for known in knowns if known is not None]
-    saved = Saved(Manifest(flat.structure, rows), tensors, saver.changed, seconds=clock.seconds)
+    saved = Saved(
+        Manifest(flat.structure, rows),
+        tensors,
+        saver.changed,
+        saver.fresh,
+        saver.tally,
+        seconds=clock.seconds,
+    )
     saved.logical_size = sum(row.size for row in rows)
     saved.n_chunks = sum(len(known.ends) for known in tensors)
     return saved
@@ -196,6 +174,11 @@ class _Pending:
     lists : list of ndarray of uint8
         The tensor's list chunks.
     list_ids : list of bytes
+    before : Known or None
+        What was there before, cut alike.
+    source : CastOf or None
+    is_own : bool
+        Whether the tensor's bytes are a copy that nobody else has.
     """
 
     at: int
@@ -205,6 +188,9 @@ class _Pending:
     packs: frozenset[PackName]
     lists: list[U8]
     list_ids: list[bytes]
+    before: Known | None
+    source: CastOf | None
+    is_own: bool
 
 
 class _Saver:
@@ -214,28 +200,82 @@ class _Saver:
     a thousand, and hashing is done before encoders compete for the cores.
     """
 
-    def __init__(self, session: Session, memory: Memory, clock: _Clock) -> None:
+    def __init__(self, session: Session, memory: Memory, shadow: Shadow, clock: _Clock) -> None:
         self._session = session
         self._memory = memory
+        self._bases = Bases(session, memory, shadow)
+        self._fresh_size_max = shadow.size_max
+        self._own_size_max = shadow.size_max - shadow.size  # what is there stays until the step is saved
         self._here = Memory()
         self._clock = clock
         self._knowns: list[Known | None] = []
         self._pending: list[_Pending] = []
         self._pending_size = 0
         self.changed: set[str] = set()  # tensors with chunks or lists in the packs of this session
+        self.fresh: list[Fresh] = []
+        self.tally = Tally()
 
     def all(self, tensors: Sequence[Tensor | Deferred]) -> list[Known | None]:
         """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
-        for given in tensors:
-            tensor = given.taken() if isinstance(given, Deferred) else given
-            known = self._unchanged_or_changed(tensor) if tensor.size else None
-            self._knowns.append(known)
-            if known is not None:
-                self._here.add(known)
+        self._knowns = [None] * len(tensors)
+        casts = Casts(tensors)
+        for at in casts.order(tensors):
+            given = tensors[at]
+            if given.size:
+                tensor = _taken(given)
+                found = casts.find(tensor)
+                source = None
+                if found is not None:
+                    source = self._source(found, tensors[found.at])
+                self._here.add(self._one(at, tensor, source, is_own=tensor is not given))
+                casts.add(at, tensor)
             if self._pending_size >= _GROUP_SIZE:
                 self._put_pending()
         self._put_pending()
         return self._knowns
+
+    def _source(self, found: Source, given: Tensor | Deferred) -> CastOf | None:
+        """Return what a tensor is the cast of, if its bytes are still those that were saved."""
+        known = self._knowns[found.at]
+        assert known is not None
+        tensor = _taken(given)
+        # What is taken again from where it is may have changed since: a delta must not be taken against that.
+        if tensor is not given and fingerprint(tensor.data, known.ends) != known.fingerprints:
+            return None
+        return CastOf(known, tensor, found.cast)
+
+    def _one(self, at: int, tensor: Tensor, source: CastOf | None, *, is_own: bool) -> Known:
+        """Note one tensor, and leave it to be put if it changed."""
+        before, ends, fingerprints, whole = self._cut(tensor, source)
+        if before is not None and fingerprints == before.fingerprints and self._reusable(before):
+            known = before if _is_same_row(before, tensor) else self._renamed(before, tensor)
+        else:
+            known = self._changed(tensor, ends, fingerprints, whole, before, source, at, is_own=is_own)
+        self._knowns[at] = known
+        return known
+
+    def _cut(self, tensor: Tensor, source: CastOf | None) -> tuple[Known | None, Ends, list[bytes], bytes]:
+        """Return what was there before, and the tensor's cuts, their fingerprints, and its own."""
+        before = self._memory.same_place(tensor)
+        if before is None:
+            whole = xxhash.xxh3_128_digest(tensor.data)
+            before = self._here.same_content(tensor.size, whole)
+            before = before or self._memory.same_content(tensor.size, whole)
+        else:
+            whole = b""
+        if before is not None:
+            fingerprints = fingerprint(tensor.data, before.ends)
+            self._clock.lap("compare")
+            if fingerprints == before.fingerprints or source is None or _fits(before.ends, source, tensor):
+                whole = whole or _whole(tensor, fingerprints)
+                return before, before.ends, fingerprints, whole
+        if source is not None:  # cut where its source is, so that each chunk is the cast of one chunk
+            ends = _scaled(source, tensor)
+        else:
+            ends = self._session.store.chunker.cuts(tensor.data, DTYPE_SIZES[tensor.dtype])
+        fingerprints = fingerprint(tensor.data, ends)
+        self._clock.lap("chunk")
+        return None, ends, fingerprints, whole or _whole(tensor, fingerprints)
 
     def _put_pending(self) -> None:
         """Look the group's chunks and lists up, and put those that the store lacks."""
@@ -244,56 +284,88 @@ class _Saver:
             return
         parts = [p.known.ids[p.asked] for p in group]
         parts += [_as_ids(p.list_ids) for p in group if p.list_ids]
-        holders = iter(self._session.look_up(np.concatenate(parts)))
-        chunks = [[next(holders) for _ in p.asked] for p in group]
-        for pending, found in zip(group, chunks, strict=True):
-            self._finish(pending, found, [next(holders) for _ in pending.list_ids])
+        copies = iter(self._session.look_up(np.concatenate(parts)))
+        chunks = [[next(copies) for _ in p.asked] for p in group]
+        lists = [[next(copies) for _ in p.list_ids] for p in group]
+        lacking = [
+            Lacking(
+                p.tensor,
+                p.known,
+                [i for i, copy in zip(p.asked.tolist(), found, strict=True) if copy is None],
+                p.before,
+                p.source,
+            )
+            for p, found in zip(group, chunks, strict=True)
+        ]
+        plans = self._bases.plan(lacking)
+        self._clock.lap("plan")
+        for p, found, found_lists, puts in zip(group, chunks, lists, plans, strict=True):
+            self._put(p, puts)
+            for chunk_id, data, copy in zip(p.list_ids, p.lists, found_lists, strict=True):
+                if copy is None:
+                    self._session.put(chunk_id, data, _LIST_KIND)
+            copies_there = [copy for copy in (*found, *found_lists) if copy is not None]
+            if len(copies_there) < len(found) + len(found_lists):
+                self._note_changed(p)
+            packs = p.packs.union(*(copy.packs for copy in copies_there))
+            self._knowns[p.at] = replace(p.known, packs=packs)
         self._clock.lap("write")
 
-    def _finish(self, p: _Pending, chunks: list[PackName | None], lists: list[PackName | None]) -> None:
-        """Put what is in no pack, given the packs of a tensor's asked chunks and of its lists."""
-        kind, ends = _kind(p.tensor.dtype), p.known.ends
-        for i, holder in zip(p.asked.tolist(), chunks, strict=True):
-            if holder is None:
-                start = int(ends[i - 1]) if i else 0
-                self._session.put(p.known.ids[i].tobytes(), p.tensor.data[start : int(ends[i])], kind)
-        for chunk_id, data, holder in zip(p.list_ids, p.lists, lists, strict=True):
-            if holder is None:
-                self._session.put(chunk_id, data, _LIST_KIND)
-        holders = {*chunks, *lists}
-        if None in holders:
-            self.changed.add(p.tensor.name)
-        packs = p.packs.union(name for name in holders if name is not None)
-        self._knowns[p.at] = replace(p.known, packs=packs)
+    def _put(self, p: _Pending, puts: list[Put]) -> None:
+        """Put a tensor's chunks."""
+        kind, ends = kind_of(p.tensor.dtype), p.known.ends
+        starts = np.concatenate([[0], ends])
+        chunks = [(put, p.tensor.data[int(starts[put.i]) : int(ends[put.i])]) for put in puts]
+        modes = {
+            why: self._mode([(put, data) for put, data in chunks if put.plan.why == why], kind)
+            for why in {put.plan.why for put in puts}
+        }
+        which = [put.i for put in puts]
+        self.tally.put(p.known.row, p.known.ids[which], [put.plan.action == "delta" for put in puts])
+        for put, data in chunks:
+            mode = modes[put.plan.why]
+            parent = put.plan.parent if mode != codecs.WHOLE else None  # or it would be read for nothing
+            self._session.put(p.known.ids[put.i].tobytes(), data, kind, parent, mode)
 
-    def _unchanged_or_changed(self, tensor: Tensor) -> Known:
-        before = self._memory.same_place(tensor)
-        if before is not None:
-            fingerprints = fingerprint(tensor.data, before.ends)
-            self._clock.lap("compare")
-            if fingerprints == before.fingerprints and self._reusable(before):
-                return before if before.row.framework == tensor.framework else self._renamed(before, tensor)
-            whole = self._whole(tensor, fingerprints)
-        else:
-            whole = xxhash.xxh3_128_digest(tensor.data)
-            before = self._here.same_content(tensor.size, whole) or self._memory.same_content(
-                tensor.size, whole
-            )
-            if before is not None:
-                fingerprints = fingerprint(tensor.data, before.ends)
-                self._clock.lap("compare")
-                if fingerprints == before.fingerprints and self._reusable(before):
-                    return self._renamed(before, tensor)
-        if before is None:
-            ends = self._session.store.chunker.cuts(tensor.data, DTYPE_SIZES[tensor.dtype])
-            fingerprints = fingerprint(tensor.data, ends)
-            self._clock.lap("chunk")
-        else:
-            ends = before.ends
-        return self._changed(tensor, ends, fingerprints, whole, before)
+    def _mode(self, chunks: list[tuple[Put, U8]], kind: Kind) -> codecs.Mode | None:
+        """Return how chunks with bases of one sort are best taken, by trying one; None to try every one.
 
-    def _whole(self, tensor: Tensor, fingerprints: list[bytes]) -> bytes:
-        return fingerprints[0] if len(fingerprints) == 1 else xxhash.xxh3_128_digest(tensor.data)
+        Whole only if three of them are best so: a part of a tensor may be new, and the rest hardly changed.
+        """
+        if chunks[0][0].plan.parent is None or len(chunks) < _N_TRY_EACH:
+            return None
+        mode = None
+        for at in (len(chunks) // 2, len(chunks) // 6, 5 * len(chunks) // 6):
+            mode = self._tried(*chunks[at], kind)
+            if mode != codecs.WHOLE:
+                break
+        return mode
+
+    def _tried(self, put: Put, data: U8, kind: Kind) -> codecs.Mode | None:
+        """Return how one chunk is best taken; None if its base cannot be read."""
+        parent = put.plan.parent
+        assert parent is not None
+        base = parent.data
+        if base is None:
+            base = np.empty(parent.raw_size, np.uint8)
+            store = self._session.store
+            try:
+                store.read_into(parent.id, store.find(_as_ids([parent.id]))[0], base)
+            except DeltackptError:
+                return None  # whoever encodes meets it again, says so, and does without
+        buffer = np.empty(codecs.room(data.size), np.uint8)
+        chunk = codecs.Chunk(data, kind, buffer, codecs.Base(base, parent.offset, parent.cast))
+        return codecs.best_mode(chunk)
+
+    def _note_changed(self, p: _Pending) -> None:
+        """Note that a tensor has new bytes, and keep them for the shadow if there is room."""
+        self.changed.add(p.tensor.name)
+        size = p.tensor.size
+        room = min(self._fresh_size_max, self._own_size_max) if p.is_own else self._fresh_size_max
+        if p.source is None and size <= room:
+            self._fresh_size_max -= size
+            self._own_size_max -= size * p.is_own
+            self.fresh.append(Fresh(p.tensor.name, p.known.row.root, p.tensor.data, p.is_own))
 
     def _reusable(self, known: Known) -> bool:
         return known.packs is not None and self._session.may_use(known.packs)
@@ -304,7 +376,16 @@ class _Saver:
         return replace(known, row=_row(tensor, row.level, row.root, row.fingerprint))
 
     def _changed(
-        self, tensor: Tensor, ends: Ends, fingerprints: list[bytes], whole: bytes, before: Known | None
+        self,
+        tensor: Tensor,
+        ends: Ends,
+        fingerprints: list[bytes],
+        whole: bytes,
+        before: Known | None,
+        source: CastOf | None,
+        at: int,
+        *,
+        is_own: bool,
     ) -> Known:
         """Identify a tensor's chunks and lists, to be put with the group."""
         data = tensor.data
@@ -324,10 +405,40 @@ class _Saver:
         level, root, lists, list_ids = _lists(ids, ends)
         self._clock.lap("identify")
         known = Known(_row(tensor, level, root, whole), ends, ids, fingerprints, None)
-        at = len(self._knowns)
-        self._pending.append(_Pending(at, tensor, known, asked, packs, lists, list_ids))
+        self._pending.append(
+            _Pending(at, tensor, known, asked, packs, lists, list_ids, before, source, is_own)
+        )
         self._pending_size += tensor.size
         return known
+
+
+def _taken(given: Tensor | Deferred) -> Tensor:
+    return given.taken() if isinstance(given, Deferred) else given
+
+
+def _is_same_row(known: Known, tensor: Tensor) -> bool:
+    row = known.row
+    return (row.name, row.dtype, row.shape, row.framework) == (
+        tensor.name,
+        tensor.dtype,
+        tensor.shape,
+        tensor.framework,
+    )
+
+
+def _whole(tensor: Tensor, fingerprints: list[bytes]) -> bytes:
+    """Return a tensor's fingerprint."""
+    return fingerprints[0] if len(fingerprints) == 1 else xxhash.xxh3_128_digest(tensor.data)
+
+
+def _scaled(source: CastOf, tensor: Tensor) -> Ends:
+    """Return a source's cuts as those of the tensor that is its cast."""
+    return source.known.ends // DTYPE_SIZES[source.tensor.dtype] * DTYPE_SIZES[tensor.dtype]
+
+
+def _fits(ends: Ends, source: CastOf, tensor: Tensor) -> bool:
+    """Return whether no chunk of a tensor crosses a cut of its source."""
+    return bool(np.isin(_scaled(source, tensor), ends).all())
 
 
 def _lists(ids: U8, ends: Ends) -> tuple[int, bytes, list[U8], list[bytes]]:
@@ -342,45 +453,3 @@ def _lists(ids: U8, ends: Ends) -> tuple[int, bytes, list[U8], list[bytes]]:
 
 def _as_ids(digests: list[bytes]) -> U8:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CHUNK_ID_SIZE)
-
-
-def _kind(dtype: str) -> Kind:
-    size = DTYPE_SIZES[dtype]
-    if dtype.startswith("complex"):
-        return Kind(size // 2, True)
-    return Kind(size, "float" in dtype and size > 1)
-
-
-def fingerprint(data: U8, ends: Ends) -> list[bytes]:
-    """Return the xxh3_128 of each chunk."""
-
-    def span(bounds: tuple[int, int]) -> list[bytes]:
-        first, stop = bounds
-        start = int(ends[first - 1]) if first else 0
-        digests = []
-        for end in ends[first:stop].tolist():
-            digests.append(xxhash.xxh3_128_digest(data[start:end]))
-            start = end
-        return digests
-
-    return [d for part in _in_parallel(span, list(spans(ends, _TASK_SIZE))) for d in part]
-
-
-def identify(data: U8, ends: Ends, which: npt.NDArray[np.int64]) -> list[bytes]:
-    """Return the BLAKE3-256 of some chunks."""
-    if len(ends) == 1:  # as most tensors of an adapter are: no arrays for one hash
-        return [blake3(data).digest()] if len(which) else []
-    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-
-    def some(numbers: npt.NDArray[np.int64]) -> list[bytes]:
-        return [blake3(data[starts[i] : ends[i]]).digest() for i in numbers.tolist()]
-
-    n_tasks = max(1, int((ends[which] - starts[which]).sum()) // _TASK_SIZE)
-    return [d for part in _in_parallel(some, np.array_split(which, n_tasks)) for d in part]
-
-
-def _in_parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
-    """Map over items in order, in threads when there are several."""
-    if len(items) < 2 or n_threads() == 1:
-        return map(function, items)
-    return workers.get().map(function, items)

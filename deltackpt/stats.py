@@ -10,6 +10,8 @@ Every byte handed in is counted once, at the first of these that holds for its c
     shared      it is in another run, counted before this one
     new         none of these; encoded, it takes `stored_size`, and the rest of it the encoding saved
 
+A base that no step has itself is counted with the first delta that needs it: no byte handed in, but stored.
+
 Runs are counted by name, steps by number.  A store's sums are those of its visible steps.
 """
 
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from deltackpt import payoff
 from deltackpt.format import CHUNK_ID_SIZE, RECORD_HEADER, ROW
+from deltackpt.groups import GROUPS, TITLES, Group, GroupCost, added, group_of
 from deltackpt.manifest import TensorRow
 from deltackpt.overview import commits, step_line, totals
 from deltackpt.records import Commit
@@ -32,56 +36,9 @@ from deltackpt.run import Run, read_manifest
 from deltackpt.store import Store
 
 Ints = npt.NDArray[np.int64]
-Group = Literal["weights", "moments", "other"]
-GROUPS: tuple[Group, ...] = ("weights", "moments", "other")
-TITLES = {"weights": "weights", "moments": "optimizer moments", "other": "other"}
-
-#: What optimizers of torch and optax call what they keep for every weight.
-_MOMENTS = {
-    "exp_avg",
-    "exp_avg_sq",
-    "exp_inf",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-    "square_avg",
-    "grad_avg",
-    "acc_delta",
-    "sum",
-    "ax",
-    "mu",
-    "nu",
-    "trace",
-}
-_OPTIMIZERS = ("opt", "optim", "optimizer")
-_FLOATS = ("float", "bfloat", "complex")
-
 _PAYS_FROM = 1.5  # times smaller; less is worth a word on why
 _MATTERS_FROM = 0.05  # of all that was handed in
 _CHANGES_FROM = 0.8  # of what came after a run's first step
-
-
-def group_of(name: str, dtype: str, shape: Sequence[int]) -> Group:
-    """Return what kind of tensor one is, by its name and its dtype.
-
-    Moments are arrays of floats under an optimizer, or under the name that one gives them; weights all other
-    arrays of floats, and whatever is called a weight or a bias; the rest, as counters, scalars, random states
-    and indices, is other.
-
-    Examples
-    --------
-    >>> group_of("model.fc.weight", "float32", (3, 2)), group_of("optimizer.state.0.exp_avg", "float32", (3,))
-    ('weights', 'moments')
-    >>> group_of("optimizer.state.0.step", "float32", ()), group_of("rng", "uint8", (5056,))
-    ('other', 'other')
-    """
-    parts = name.lower().split(".")
-    is_floats = dtype.startswith(_FLOATS) and len(shape) > 0
-    is_optimizers = any(part.startswith(_OPTIMIZERS) for part in parts[:-1])
-    if is_floats and (is_optimizers or parts[-1] in _MOMENTS):
-        return "moments"
-    if is_floats or (parts[-1].endswith(("weight", "bias")) and not is_optimizers and shape):
-        return "weights"
-    return "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +126,10 @@ class Stats:
         Of each group, the new part of what was handed in after the first step of each run.
     store_size : int
         Bytes of all files of the store, whatever they are for.
+    costs : list of GroupCost
+        What the saves said they paid, by group and dtype; what a save found in another run it did not pay.
+    payoff : list of str
+        What deltas save of it, and why not more, in words.
     """
 
     store: str
@@ -179,6 +140,8 @@ class Stats:
     steps: list[dict[str, Any]]
     changed: dict[Group, float | None]
     store_size: int
+    costs: list[GroupCost]
+    payoff: list[str]
 
     @property
     def kept_size(self) -> int:
@@ -200,11 +163,13 @@ class Stats:
             },
             "runs": [run.to_json() for run in self.runs],
             "steps": self.steps,
+            "costs": [cost.to_json() for cost in self.costs],
+            "payoff": self.payoff,
             "summary": str(self),
         }
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *self._sources(), *self._doubts()])
+        return "\n".join([self._headline(), *self._sources(), *self._doubts(), *self.payoff])
 
     def _headline(self) -> str:
         of = f"run {self.run}" if self.run else _count(len(self.runs), "run")
@@ -313,6 +278,7 @@ def look(store: Store, run: str | None = None) -> Stats:
         for name in looked_at
     }
     table = count.together() if run is None else count.alone(run)
+    groups_of = [(c.slot.run, c.figures.groups) for c in shown if c.figures.groups]  # none in old ones
     return Stats(
         store.url,
         run,
@@ -322,6 +288,8 @@ def look(store: Store, run: str | None = None) -> Stats:
         [step_line(commit) for commit in shown],
         dict(zip(GROUPS, count.changed(looked_at), strict=True)),
         totals(store)["size"],
+        added([cost for _, groups in groups_of for cost in groups]),
+        payoff.words([[g for name, g in groups_of if name == run] for run in looked_at]),
     )
 
 
@@ -342,6 +310,7 @@ class _Chunks:
     """
 
     def __init__(self, store: Store, commits: Sequence[Commit]) -> None:
+        self._depth_max = store.depth_max
         self._of_commit: list[list[TensorRow]] = []
         for commit in commits:
             with Run(store, commit.slot.run).reading(commit):
@@ -360,19 +329,39 @@ class _Chunks:
             for root, table, end in zip(rows, tables, ends.tolist(), strict=True)
         }
         found = store.find(np.ascontiguousarray(ids[first]))
-        self.n = len(unique)
+        bases = store.bases(found)
+        number_of = {i.tobytes(): n for n, i in enumerate(ids[first])} if bases else {}
+        others = [(i, row) for i, row in bases.items() if row is not None and i not in number_of]
+        number_of |= {i: len(unique) + n for n, (i, _) in enumerate(others)}
+        found = np.concatenate([found, *(np.array([row]) for _, row in others)])
+        self.n = len(found)
         self.sizes: Ints = found["raw_size"].astype(np.int64)
         self.stored_sizes: Ints = found["stored_size"].astype(np.int64) + RECORD_HEADER.size + ROW.itemsize
+        self._base = np.full(self.n, -1, np.int64)
+        deltas = np.flatnonzero(found["depth"])
+        self._base[deltas] = [number_of.get(base.tobytes(), -1) for base in found["base"][deltas]]
 
-    def of_commit(self, i: int) -> tuple[Ints, Ints]:
-        """Return the numbers of a step's chunks, in order, and the group of the tensor that each is in."""
+    def of_commit(self, i: int) -> tuple[Ints, Ints, Ints]:
+        """Return the numbers of a step's chunks, in order, the groups that they are in, and their bytes.
+
+        Behind them come the bases that they need, in the group of the first that does: they take what they
+        take in packs, and are no bytes of this step.
+        """
         rows = [row for row in self._of_commit[i] if row.size]
-        numbers = [self._numbers[row.root, row.level, row.size] for row in rows]
-        groups = [GROUPS.index(group_of(row.name, row.dtype, row.shape)) for row in rows]
-        return (
-            np.concatenate([np.zeros(0, np.int64), *numbers]),
-            np.repeat(np.array(groups, np.int64), [len(n) for n in numbers]),
-        )
+        parts = [self._numbers[row.root, row.level, row.size] for row in rows]
+        numbers = np.concatenate([np.zeros(0, np.int64), *parts])
+        group_numbers = np.array([GROUPS.index(group_of(r.name, r.dtype, r.shape)) for r in rows], np.int64)
+        groups = np.repeat(group_numbers, [len(part) for part in parts])
+        sizes = self.sizes[numbers]
+        upper, upper_groups = numbers, groups
+        for _ in range(self._depth_max):
+            is_delta = self._base[upper] >= 0
+            upper, first = np.unique(self._base[upper[is_delta]], return_index=True)
+            upper_groups = upper_groups[is_delta][first]
+            if not len(upper):
+                break
+            numbers, groups = np.concatenate([numbers, upper]), np.concatenate([groups, upper_groups])
+        return numbers, groups, np.concatenate([sizes, np.zeros(len(numbers) - len(sizes), np.int64)])
 
 
 class _Count:
@@ -393,13 +382,13 @@ class _Count:
                 )
                 self._later[run] = np.zeros((len(GROUPS), 2), np.int64)
                 self._seen[run] = np.zeros(chunks.n, np.bool_)
-            numbers, groups = chunks.of_commit(i)
+            numbers, groups, sizes = chunks.of_commit(i)
             in_run = self._seen[run]
             is_first = np.zeros(len(numbers), np.bool_)
             is_first[np.unique(numbers, return_index=True)[1]] = True
             alone = np.where(is_first, np.where(in_run[numbers], _UNCHANGED, _NEW), _REPEATED)
             together = np.where((alone == _NEW) & seen[numbers], _SHARED, alone)
-            sizes, stored_sizes = chunks.sizes[numbers], chunks.stored_sizes[numbers]
+            stored_sizes = chunks.stored_sizes[numbers]
             for column, table in ((alone, self._alone[run]), (together, self._together[run])):
                 np.add.at(table, (groups, column), sizes)
                 new = column == _NEW

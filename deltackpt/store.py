@@ -17,9 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from blake3 import blake3
 
-from deltackpt import codecs, pack
+from deltackpt import chains, codecs, pack
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend, is_file
+from deltackpt.chains import Bases
 from deltackpt.chunking import Chunker
 from deltackpt.errors import (
     CorruptError,
@@ -42,6 +43,8 @@ DESCRIPTOR = "deltackpt.json"
 DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "tmp")
 #: No chain is deeper; on file so that every writer of a store keeps to the same bound.
 DEPTH_MAX = 8
+#: What a record's one byte of depth can say.
+_DEPTH_END = 255
 
 #: A store has one index file a save until gc merges them: mapping them all would use up a process's files.
 _MAP_SIZE_MIN = 4 << 20
@@ -62,6 +65,7 @@ class Store:
         self.descriptor_bytes, body = descriptor
         self.uuid = uuid.UUID(body["uuid"]).bytes
         self.chunker = Chunker.from_json(body["chunker"])
+        self.depth_max: int = body["depth_max"]
         self.refs = Refs(backend)
         self._index = Index()
         self._loaded: set[str] = set()
@@ -96,6 +100,9 @@ class Store:
             uuid.UUID(body["uuid"])
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CorruptError(f"{where}: uuid is {body.get('uuid')!r}") from e
+        depth_max = body.get("depth_max")
+        if type(depth_max) is not int or not 0 <= depth_max <= _DEPTH_END:
+            raise CorruptError(f"{where}: depth_max is {depth_max!r}, expected 0 to {_DEPTH_END}")
         return data, body
 
     def prepare_to_write(self) -> None:
@@ -226,59 +233,159 @@ class Store:
         """Return the pack that a found row's `pack` counts."""
         return self._index.packs[number]
 
-    def read_into(self, chunk_id: bytes, row: np.void, out: U8) -> None:
+    def bases(self, rows: Rows) -> Bases:
+        """Return where all chunks are that found rows need to be decoded; for `read_into`, many at a time."""
+        if not rows["depth"].any():
+            return {}
+        with self._lock:
+            return chains.bases_of(rows, self._index.find, self.depth_max)
+
+    def read_into(
+        self, chunk_id: bytes, row: np.void, out: U8, bases: Bases | None = None, base: U8 | None = None
+    ) -> None:
         """Fill `out` with a chunk's decoded bytes, checked against its id.
 
-        A copy that is damaged or gone does no harm while there is another one.
+        A copy that is damaged or gone does no harm while there is another one: of the chunk, or of a base.
+
+        Parameters
+        ----------
+        chunk_id : bytes
+        row : void of ROW
+            Where it is.
+        out : ndarray of uint8
+            Of the chunk's size.
+        bases : dict, optional
+            What `bases` returned for rows of which this is one; else they are looked up, 100 us each.
+        base : ndarray of uint8, optional
+            The decoded bytes of the base, checked already, where the caller has them.
 
         Raises
         ------
         CorruptError
-            If no copy gives the chunk's bytes; names the chunk and the pack of the copy tried first.
+            If no copy gives the chunk's bytes; names the chunk and the pack of the copy tried first, and the
+            base that is damaged or missing, if it is one.
         """
         try:
-            self._read_copy(chunk_id, row, self.pack_name(int(row["pack"])), out)
+            if row["depth"] and bases is None and base is None:
+                bases = self.bases(np.array([row]))
+            self._read_copy(chunk_id, row, out, bases or {}, base)
         except (CorruptError, NotFoundError) as e:
             log.warning("%s; looking for another copy", e.message)
             self._read_other_copy(chunk_id, row, out, e)
 
-    def _read_other_copy(self, chunk_id: bytes, tried: np.void, out: U8, first: DeltackptError) -> None:
-        with self._lock:
-            bad = {self.pack_name(int(tried["pack"]))}
-            index = self.refresh(complete=True)
-            copies = [(row, index.packs[int(row["pack"])]) for row in index.copies(chunk_id)]
-        for row, name in copies:
-            if name in bad:
-                continue
-            bad.add(name)
-            try:
-                self._read_copy(chunk_id, row, name, out)
-            except (CorruptError, NotFoundError):
-                continue
-            return
-        message = (
-            first.message if isinstance(first, CorruptError) else f"{first.message}: its pack is missing"
-        )
-        raise CorruptError(message, hint="run deltackpt verify; restore another step or copy") from first
+    def _read_copy(self, chunk_id: bytes, row: np.void, out: U8, bases: Bases, base: U8 | None) -> None:
+        """Decode a chain from its root up, and check the last link: if it is right, so are those below."""
+        links = [(chunk_id, row)]
+        while base is None and links[-1][1]["depth"]:
+            links.append(self._base_of(*links[-1], bases))
+        for i, (link_id, link) in reversed(list(enumerate(links))):
+            data = _local.links[i % 2].of(int(link["raw_size"])) if i else out
+            self._read_record(link_id, link, data, base)
+            base = data
+        if blake3(out).digest() != chunk_id:
+            raise CorruptError(f"{self._where(chunk_id, row)}: decoded bytes do not give its id")
 
-    def _read_copy(self, chunk_id: bytes, row: np.void, name: PackName, out: U8) -> None:
+    def _base_of(self, chunk_id: bytes, row: np.void, bases: Bases) -> tuple[bytes, np.void]:
+        """Return id and row of what a delta needs."""
+        base_id = row["base"].tobytes()
+        base = bases.get(base_id)
+        if base is None or base["depth"] >= row["depth"] or row["depth"] > self.depth_max:
+            found = "is not found" if base is None else f"is of depth {base['depth']}"
+            raise CorruptError(
+                f"{self._where(chunk_id, row)}: depth {row['depth']} of at most {self.depth_max}, "
+                f"and its base {base_id.hex()[:16]} {found}"
+            )
+        return base_id, base
+
+    def _read_other_copy(self, chunk_id: bytes, tried: np.void, out: U8, first: DeltackptError) -> None:
+        """Try every copy of a chunk, and of every link of its chain: this time each is checked, and named."""
+        error: CorruptError
+        for complete in (False, True):
+            with self._lock:
+                index = self.refresh(complete=True) if complete else self._index
+            failed: _Failed = {}
+            if not tried["depth"]:  # of a chain it is not known yet which link is bad
+                failed[int(tried["pack"]), int(tried["offset"])] = _as_corrupt(first)
+            try:
+                self._read_checked(index, chunk_id, self.depth_max + 1, failed, out)
+            except CorruptError as e:
+                error = e
+            else:
+                return
+        raise CorruptError(
+            error.message, hint="run deltackpt verify; restore another step or copy"
+        ) from first
+
+    def _read_checked(
+        self, index: Index, chunk_id: bytes, below: int, failed: _Failed, out: U8 | None = None
+    ) -> U8:
+        """Return a chunk's bytes from any copy of less depth than `below`.
+
+        Calls itself for a base, so `below` bounds it.  What failed once is not tried again: however many
+        copies a damaged store claims, each costs one chain.
+        """
+        first: CorruptError | None = None
+        for row in index.copies(chunk_id):  # of least depth first
+            at, depth = (int(row["pack"]), int(row["offset"])), int(row["depth"])
+            if depth >= below:
+                break
+            where = self._where(chunk_id, row)
+            try:
+                if at in failed:
+                    raise failed[at]
+                base = self._read_base(index, row, failed, where) if depth else None
+                data = np.empty(int(row["raw_size"]), np.uint8) if out is None else out
+                self._read_record(chunk_id, row, data, base)
+                if blake3(data).digest() != chunk_id:
+                    raise CorruptError(f"{where}: decoded bytes do not give its id")
+            except (CorruptError, NotFoundError) as e:
+                failed[at] = _as_corrupt(e)
+                first = first or failed[at]
+            else:
+                return data
+        if first is None:
+            of = "" if below > self.depth_max else f" with a depth below {below}"
+            first = CorruptError(f"{self.url}: chunk {chunk_id.hex()[:16]} is in no pack{of}")
+        raise first
+
+    def _read_base(self, index: Index, row: np.void, failed: _Failed, where: str) -> U8:
+        """Return what a delta needs; where that fails, say what the chunk is that is damaged."""
+        try:
+            return self._read_checked(index, row["base"].tobytes(), int(row["depth"]), failed)
+        except CorruptError as e:
+            raise CorruptError(f"{where}: its base: {e.message}") from e
+
+    def _where(self, chunk_id: bytes, row: np.void) -> str:
+        key = self.pack_name(int(row["pack"])).key
+        return f"{self.url}/{key} @ {row['offset']}: chunk {chunk_id.hex()[:16]}"
+
+    def _read_record(self, chunk_id: bytes, row: np.void, out: U8, base: U8 | None) -> None:
+        """Decode one record; that the bytes are the chunk's is for the caller to see."""
         _, _, offset, raw_size, stored_size, _, codec, depth, itemsize = row.item()
-        where = f"{self.url}/{name.key} @ {offset}: chunk {chunk_id.hex()[:16]}"
+        key = self.pack_name(int(row["pack"])).key
+        where = f"{self.url}/{key} @ {offset}: chunk {chunk_id.hex()[:16]}"
         if raw_size != out.size:
             raise CorruptError(f"{where}: has {raw_size} bytes, expected {out.size}")
         header = bytearray(RECORD_HEADER.size)
         if codec == codecs.raw.NUMBER and stored_size == raw_size and depth == 0:
-            self.backend.read_into(name.key, offset, [header, out])
+            self.backend.read_into(key, offset, [header, out])
             pack.check_row(Record.from_bytes(header, where), row, where)
         else:
             payload = _local.scratch.of(stored_size)
-            self.backend.read_into(name.key, offset, [header, payload])
+            self.backend.read_into(key, offset, [header, payload])
             pack.check_row(Record.from_bytes(header, where), row, where)
-            if depth:
-                raise UnsupportedVersionError(f"{where}: is a delta, this build reads whole chunks")
-            codecs.decode(codec, payload, itemsize, out, where)
-        if blake3(out).digest() != chunk_id:
-            raise CorruptError(f"{where}: decoded bytes do not give its id")
+            codecs.decode(codec, payload, itemsize, out, where, base)
+
+
+#: What is wrong with the copies tried, by pack and offset.
+_Failed: TypeAlias = dict[tuple[int, int], CorruptError]
+
+
+def _as_corrupt(error: DeltackptError) -> CorruptError:
+    """Return what is wrong with a copy; one whose file is not there is as good as damaged."""
+    if isinstance(error, CorruptError):
+        return error
+    return CorruptError(f"{error.message}: its pack is missing")
 
 
 def open_store(where: Where, *, create: bool = False) -> Store:
@@ -360,10 +467,11 @@ def _create(backend: Backend) -> None:
 
 
 class _Local(threading.local):
-    """What each thread reads payloads into."""
+    """What each thread reads payloads into, and decodes the links of a chain into by turns."""
 
     def __init__(self) -> None:
         self.scratch = Scratch()
+        self.links = Scratch(), Scratch()
 
 
 _local = _Local()

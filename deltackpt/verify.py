@@ -14,9 +14,10 @@ import numpy as np
 from blake3 import blake3
 
 from deltackpt import codecs, pack
+from deltackpt.chains import Bases, Chains, as_ids, bases_of
 from deltackpt.errors import CorruptError, DeltackptError, FormatError, InvalidInputError, NotFoundError
 from deltackpt.format import INDEX_HEADER, PACK_HEADER, RECORD_HEADER, unseal
-from deltackpt.index import Segment
+from deltackpt.index import Index, Rows, Segment
 from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName, Record
 from deltackpt.records import (
@@ -34,6 +35,7 @@ from deltackpt.refs import Listing
 from deltackpt.restore import resolve
 from deltackpt.run import read_manifest
 from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store, workers
+from deltackpt.types import U8
 
 Level = Literal["references", "stored", "decode"]
 #: A name may claim any number.
@@ -140,6 +142,9 @@ class _Verifier:
         self._users: dict[tuple[int, bytes, int], list[str]] = {}  # tensor's root: who needs it
         self._ids: dict[tuple[int, bytes, int], np.ndarray[Any, Any]] = {}
         self._packs: dict[PackName, int] = {}
+        self._deltas: dict[bytes, set[bytes]] = {}  # base: the chunks taken against it that steps need
+        self._index = Index()
+        self._lost: frozenset[PackName] = frozenset()
 
     def run(self) -> VerifyReport:
         self._names()
@@ -285,33 +290,79 @@ class _Verifier:
         return {chunk_id.tobytes() for ids in self._ids.values() for chunk_id in ids}
 
     def _hits(self, chunk_ids: set[bytes]) -> dict[bytes, list[str]]:
-        """Return which tensors need each of these chunks, in one walk: a lost pack takes thousands."""
-        hits: dict[bytes, list[str]] = {chunk_id: [] for chunk_id in chunk_ids}
+        """Return which tensors need each of these chunks, in one walk: a lost pack takes thousands.
+
+        Who needs a delta needs its base.
+        """
+        needing = {chunk_id: self._with_deltas(chunk_id) for chunk_id in chunk_ids}
+        asked = set().union(*needing.values())
+        users: dict[bytes, list[str]] = {chunk_id: [] for chunk_id in asked}
         for root, ids in self._ids.items():
-            for chunk_id in chunk_ids.intersection([root[1], *(i.tobytes() for i in ids)]):
-                hits[chunk_id] += self._users[root]
-        return {chunk_id: sorted(users) for chunk_id, users in hits.items()}
+            for chunk_id in asked.intersection([root[1], *(i.tobytes() for i in ids)]):
+                users[chunk_id] += self._users[root]
+        return {
+            chunk_id: sorted({user for i in deltas for user in users[i]})
+            for chunk_id, deltas in needing.items()
+        }
+
+    def _with_deltas(self, chunk_id: bytes) -> set[bytes]:
+        """Return a chunk, the deltas taken against it, those against them, ..."""
+        found: set[bytes] = set()
+        todo = {chunk_id}
+        while todo:
+            found |= todo
+            todo = {delta for base in todo for delta in self._deltas.get(base, ())} - found
+        return found
 
     def _places(self) -> None:
-        """Check that every chunk has a place in a pack that is there."""
+        """Check that every chunk has a place in a pack that is there, and so have all its bases."""
+        index = self._index = self._store.refresh(complete=True)
+        self._lost = frozenset(name for name in index.packs if name not in self._packs)
         wanted = sorted(self._wanted())
         if not wanted:
             return
-        index = self._store.refresh(complete=True)
-        lost = frozenset(name for name in index.packs if name not in self._packs)
-        found, rows = index.find(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 32), lost)
+        ids = as_ids(wanted)
+        found, rows = self._find(ids)
+        bases = bases_of(rows, self._find, self._store.depth_max)
+        places = [(i, row if there else None) for i, there, row in zip(wanted, found, rows, strict=True)]
+        places += [(i, row) for i, row in bases.items() if i not in set(wanted)]
         bad: list[tuple[str, str, str, bytes]] = []
-        for chunk_id, there, row in zip(wanted, found, rows, strict=True):
-            if not there:
+        for chunk_id, row in places:
+            if row is None:
                 bad.append(("chunk", chunk_id.hex(), "is in no pack", chunk_id))
                 continue
+            if row["depth"]:
+                self._deltas.setdefault(row["base"].tobytes(), set()).add(chunk_id)
             name = index.packs[int(row["pack"])]
             if int(row["offset"]) + RECORD_HEADER.size + int(row["stored_size"]) > self._packs[name]:
                 message = f"{name.key}: pack ends before chunk {chunk_id.hex()[:16]}"
                 bad.append(("pack", name.key, message, chunk_id))
+        missing = {chunk_id for _, _, _, chunk_id in bad}
+        for chunk_id, row, copy in zip(wanted, rows, self._chains().look_up(ids), strict=True):
+            if copy is None and not missing.intersection(self._chain(chunk_id, row, bases)):
+                message = f"needs {row['base'].tobytes().hex()[:16]}, of less depth than {row['depth']}"
+                bad.append(("chunk", chunk_id.hex(), message, chunk_id))
         hits = self._hits({chunk_id for *_, chunk_id in bad}) if bad else {}
         for kind, key, message, chunk_id in bad:
             self._add(kind, key, message, hits[chunk_id])
+
+    def _chain(self, chunk_id: bytes, row: np.void, bases: Bases) -> list[bytes]:
+        """Return a chunk and its bases, as far as they are found."""
+        ids, link = [chunk_id], row
+        while link is not None and link["depth"] and len(ids) <= self._store.depth_max:
+            ids.append(link["base"].tobytes())
+            link = bases.get(ids[-1])  # type: ignore[assignment]
+        return ids
+
+    def _find(self, ids: U8) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Rows]:
+        return self._index.find(ids, self._lost)
+
+    def _copies(self, chunk_id: bytes) -> list[np.void]:
+        packs = self._index.packs
+        return [row for row in self._index.copies(chunk_id) if packs[int(row["pack"])] not in self._lost]
+
+    def _chains(self) -> Chains:
+        return Chains(self._index.packs, self._find, self._copies, self._store.depth_max)
 
     # -- stored bytes
 
@@ -340,15 +391,28 @@ class _Verifier:
         except FormatError as e:
             yield e.message, None
             return
+        bases = self._decodable(rows) if self._report.level == "decode" else {}
         for row in rows:
             try:
-                self._record(key, row)
+                self._record(key, row, bases)
             except FormatError as e:
                 yield e.message, row["id"].tobytes()
             except NotFoundError:
                 return
 
-    def _record(self, key: str, row: np.void) -> None:
+    def _decodable(self, rows: Rows) -> Bases:
+        """Return the rows of the bases of a pack's deltas, and of theirs; None for one that is not there.
+
+        Of a delta that no step needs the base may be gone: where one needs it, `_places` has told.
+        """
+        bases = bases_of(rows, self._find, self._store.depth_max)
+        ids = list(bases)
+        for chunk_id, copy in zip(ids, self._chains().look_up(as_ids(ids)), strict=True):
+            if copy is None:
+                bases[chunk_id] = None
+        return bases
+
+    def _record(self, key: str, row: np.void, bases: Bases) -> None:
         offset = int(row["offset"])
         where = f"{key} @ {offset}"
         data = np.frombuffer(
@@ -358,8 +422,19 @@ class _Verifier:
         pack.check_row(record, row, where)
         payload = data[RECORD_HEADER.size :]
         pack.check_payload(record, payload, where)
-        if self._report.level == "decode":
-            out = np.empty(record.raw_size, np.uint8)
-            codecs.decode(record.codec, payload, record.itemsize, out, where)
-            if blake3(out).digest() != record.id:
-                raise CorruptError(f"{where}: decoded bytes do not give chunk id {record.id.hex()[:16]}")
+        if self._report.level != "decode":
+            return
+        base = None
+        if record.depth:
+            base_row = bases.get(record.base)
+            if base_row is None or base_row["depth"] >= record.depth:
+                return
+            base = np.empty(int(base_row["raw_size"]), np.uint8)
+            try:
+                self._store.read_into(record.base, base_row, base, bases)
+            except CorruptError as e:
+                raise CorruptError(f"{where}: chunk {record.id.hex()[:16]}: its base: {e.message}") from e
+        out = np.empty(record.raw_size, np.uint8)
+        codecs.decode(record.codec, payload, record.itemsize, out, where, base)
+        if blake3(out).digest() != record.id:
+            raise CorruptError(f"{where}: decoded bytes do not give chunk id {record.id.hex()[:16]}")

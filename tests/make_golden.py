@@ -22,10 +22,11 @@ import ml_dtypes
 import numpy as np
 import zstandard
 
-from deltackpt import gc
+from deltackpt import codecs, gc
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
 from deltackpt.chunking import Chunker
+from deltackpt.differences import RSUB
 from deltackpt.format import MANIFEST_HEADER, VERSION, seal
 from deltackpt.records import Fence, Slot
 from deltackpt.restore import fill
@@ -283,6 +284,56 @@ def write_runs(store: Store, *, with_torch: bool = True) -> None:
         gc.collect(store)
 
 
+def delta_state(step: int) -> dict[str, Any]:
+    """What a training state of every kind of delta looks like after so many steps."""
+    w = weights(3000, 1)
+    moment = np.abs(weights(6000, 2))
+    first = weights(4000, 6)
+    wide = weights(2000, 3).astype(np.float64)
+    rows = weights(4000, 4).astype(ml_dtypes.bfloat16)
+    counts = np.arange(3000, dtype=np.int64)
+    flat = noise(16_000, 5)
+    for i in range(1, step + 1):
+        w = w * (1 + np.float32(1e-5) * weights(3000, 10 + i) * 50)
+        moment = moment * np.float32(0.875) + np.float32(1e-6) * np.abs(weights(6000, 20 + i))
+        first = first * np.float32(0.9) + np.float32(0.2) * weights(4000, 30 + i)
+        wide = wide + 1e-9 * i
+        rows.view(np.uint16)[i::97] += 1
+        rows.view(np.uint16)[1000 + i : 2000 : 3] += 1
+        counts[::2] += i
+    return {
+        "master": w,
+        "bf16": w.astype(ml_dtypes.bfloat16),
+        "fp16": w.astype(np.float16),
+        "moment": moment,
+        "first": first,
+        "wide": wide,
+        "fp32": wide.astype(np.float32),
+        "rows": rows,
+        "counts": counts,
+        "shards": np.split(flat, 2 + step % 3) if step % 3 != 1 else [flat[:7000], flat[7000:]],
+    }
+
+
+def write_delta(store: Store, *, with_torch: bool = True) -> None:
+    """Save what becomes deltas of every form, fork, forget bases, collect; the same bytes every time."""
+    with reproducible():
+        run = Run(store, "main")
+        for step in range(5):
+            run.save(delta_state(step), step=step)
+        branch = run.fork("branch", step=2)
+        # A map that small chunks of these states do not happen to choose.
+        rotated = codecs.Mode(RSUB)
+        with (
+            mock.patch.object(codecs.encoder, "best_mode", return_value=rotated),
+            mock.patch.object(codecs, "best_mode", return_value=rotated),
+        ):
+            branch.save({k: v for k, v in delta_state(6).items() if k in ("first", "moment")}, step=3)
+        Run(store, "kin", shadow=0).save({**delta_state(1), "counts": np.arange(9)}, step=1)
+        run.forget([0, 1])
+        gc.collect(store)
+
+
 def describe(store: Store) -> dict[str, Any]:
     """Tell every step's structure and tensors, with the SHA-256 of their bytes and of the manifest's JSON."""
     told: dict[str, Any] = {}
@@ -314,7 +365,7 @@ def describe(store: Store) -> dict[str, Any]:
     return told
 
 
-STORES = {"v1": write, "v1-types": write_types, "v1-runs": write_runs}
+STORES = {"v1": write, "v1-types": write_types, "v1-runs": write_runs, "v1-delta": write_delta}
 
 
 def make(name: str) -> None:

@@ -507,11 +507,16 @@ def test_a_row_is_a_line_and_columns_stand_below_each_other_whatever_the_names()
     delta.save(
         {"two\nlines": np.zeros(1), "重み": np.zeros(1), "e\u0301": np.zeros(1)}, "checkpoints", step=1
     )
-    assert call("show").stdout == (
+    tensors, groups = call("show").stdout.split("\n\n")
+    assert groups == (
+        "group    dtype      in  changed  stored      same           raw\n"
+        "weights  float64  24 B      8 B     8 B  16 B (2)  8 B (1) 1.00\n"
+    )
+    assert tensors == (
         "tensor      dtype    shape  size  chunks\n"
         "two\\nlines  float64  1       8 B       1\n"
         "重み        float64  1       8 B       1\n"
-        "e\u0301           float64  1       8 B       1\n"
+        "e\u0301           float64  1       8 B       1"
     )
 
 
@@ -589,6 +594,10 @@ def test_diff_compares_steps_of_one_run_or_of_two(store):
         "a.w": "changed", "b": "changed", "empty": "same", "scalar": "same"
     }  # fmt: skip
     assert ok("diff", 10, "main@10")["is_empty"] is True
+    moved = next(t for t in found["tensors"] if t["name"] == "b")["distance"]
+    assert moved["n_differing"] > 0
+    assert 0 < moved["byte_share"] <= 1
+    assert all(t["distance"] is None for t in ok("diff", 10, "latest", "--lists")["tensors"])
     across = ok("diff", "main@10", "other@latest")
     assert [value["name"] for value in across["values"]] == ["lr"]
     assert ok("diff", "5", "main@10", "--run", "other")["old"] == "other step 5"

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltackpt import codecs, kernels
-from deltackpt.codecs import ITEMSIZES, NAMES, Kind, planes
+from deltackpt.codecs import CODECS, ITEMSIZES, NAMES, Kind, coder, planes
 from deltackpt.codecs import lz4 as lz4_codec
 from deltackpt.errors import CorruptError, FormatError, UnsupportedVersionError
 from deltackpt.types import U8
 
 KINDS = st.builds(Kind, st.sampled_from(ITEMSIZES), st.booleans())
-ALL = sorted(NAMES)
+ALL = sorted(CODECS)
 
 
 @st.composite
@@ -179,7 +179,7 @@ def planes_payload(n: int, code: int, body: bytes, *, size: int | None = None) -
 def test_a_frame_that_claims_more_than_its_plane_is_refused_before_it_is_allocated():
     bomb = zstandard.compress(bytes(1 << 26))
     with pytest.raises(CorruptError, match="plane 0: frame does not hold 100 bytes"):
-        decode(planes.NUMBER, planes_payload(100, planes.ZSTD, bomb), 1, 100)
+        decode(planes.NUMBER, planes_payload(100, coder.ZSTD, bomb), 1, 100)
 
 
 def test_a_frame_that_hides_or_fakes_its_size_is_refused():
@@ -188,7 +188,7 @@ def test_a_frame_that_hides_or_fakes_its_size_is_refused():
     two = zstandard.compress(bytes(100)) * 2
     for body in (hidden, skippable, two, b"", two[:7]):
         with pytest.raises(CorruptError):
-            decode(planes.NUMBER, planes_payload(100, planes.ZSTD, body), 1, 100)
+            decode(planes.NUMBER, planes_payload(100, coder.ZSTD, body), 1, 100)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
@@ -198,7 +198,7 @@ def test_small_planes_cannot_be_faked_either(n: int):
         if n == size == 0:
             continue
         with pytest.raises(CorruptError):
-            decode(planes.NUMBER, planes_payload(n, planes.ZSTD, skippable), 1, n)
+            decode(planes.NUMBER, planes_payload(n, coder.ZSTD, skippable), 1, n)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +207,15 @@ def test_small_planes_cannot_be_faked_either(n: int):
         b"",
         b"\0\1\0\0",
         planes_payload(100, 3, b"x" * 100),
-        planes_payload(100, planes.ZERO, b"x"),
-        planes_payload(100, planes.RAW, b"x" * 99),
-        planes_payload(100, planes.RAW, b"x" * 101),
-        planes_payload(100, planes.RAW, b"x" * 100, size=2**32 - 1),
-        planes_payload(100, planes.RAW, b"x" * 100) + b"tail",
-        b"\2" + planes_payload(100, planes.RAW, b"x" * 100)[1:],
-        b"\0\2" + planes_payload(100, planes.RAW, b"x" * 100)[2:],
-        b"\0\1\1" + planes_payload(100, planes.RAW, b"x" * 100)[3:],
-        b"\0\1\0\1" + planes_payload(100, planes.RAW, b"x" * 100)[4:],
+        planes_payload(100, coder.ZERO, b"x"),
+        planes_payload(100, coder.RAW, b"x" * 99),
+        planes_payload(100, coder.RAW, b"x" * 101),
+        planes_payload(100, coder.RAW, b"x" * 100, size=2**32 - 1),
+        planes_payload(100, coder.RAW, b"x" * 100) + b"tail",
+        b"\2" + planes_payload(100, coder.RAW, b"x" * 100)[1:],
+        b"\0\2" + planes_payload(100, coder.RAW, b"x" * 100)[2:],
+        b"\0\1\1" + planes_payload(100, coder.RAW, b"x" * 100)[3:],
+        b"\0\1\0\1" + planes_payload(100, coder.RAW, b"x" * 100)[4:],
     ],
 )
 def test_planes_that_do_not_fit_are_refused(payload: bytes):
@@ -238,4 +238,4 @@ def test_an_unknown_codec_needs_an_upgrade_and_an_odd_element_size_is_damage():
 
 
 def test_numbers_never_change_their_meaning():
-    assert NAMES == {0: "raw", 1: "lz4", 2: "planes"}
+    assert NAMES == {0: "raw", 1: "lz4", 2: "planes", 3: "delta-dense", 4: "delta-sparse"}

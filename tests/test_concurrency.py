@@ -7,6 +7,7 @@ import time
 import traceback
 
 import pytest
+from deltas import nearly, taken
 from faults import CrashBackend, Cut, contents
 from steps import assert_steps, collect, floats, noise, opened, same, visible
 
@@ -14,10 +15,11 @@ from deltackpt import gc, snapshot
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError
 from deltackpt.manifest import Manifest
+from deltackpt.memory import Memory
 from deltackpt.records import GC_RUN, Figures
 from deltackpt.refs import Refs
 from deltackpt.session import Session
-from deltackpt.snapshot import Memory
+from deltackpt.shadow import Shadow
 from deltackpt.store import open_store
 from deltackpt.verify import verify
 
@@ -29,6 +31,7 @@ def state(step, run=0):
         "shared": noise(1, 5000),
         "by step": noise(step % 7, 3000),
         "own": floats(1000 * run + step, 300),
+        "weights": nearly(floats(run, 400), step),
         "step": step,
         "run": run,
     }
@@ -44,7 +47,7 @@ def indexes(backend):
 
 def commit(writer, whole):
     """End a session as a run does, with a state."""
-    saved = snapshot.save(writer, whole, Memory())
+    saved = snapshot.save(writer, whole, lambda _: Memory(), Shadow(0))
     return decide(writer, saved.manifest)
 
 
@@ -161,7 +164,8 @@ def soak_gc(path, until, **kwargs):
 
 @pytest.mark.parametrize("patience_s", [3600, 0])
 @pytest.mark.parametrize("at_once", [in_threads, in_processes])
-def test_no_committed_step_is_lost_while_writers_and_two_gcs_run(tmp_path, at_once, patience_s):
+def test_no_committed_step_is_lost_while_writers_and_two_gcs_run(monkeypatch, tmp_path, at_once, patience_s):
+    taken(monkeypatch)
     opened(tmp_path)
     until = time.monotonic() + SOAK_S
 
@@ -185,7 +189,7 @@ def test_a_writer_given_up_for_dead_is_told_and_saves_again():
     opened(backend).save(state(1), step=1)
     run = opened(backend)
     with Session(run.store, "main", 2) as writer:
-        saved = snapshot.save(writer, state(2), Memory())
+        saved = snapshot.save(writer, state(2), lambda _: Memory(), Shadow(0))
         assert collect(backend).fenced == ["run main step 2"]
         with pytest.raises(ConflictError, match="gave this save up"):
             decide(writer, saved.manifest)
@@ -200,7 +204,7 @@ def test_a_writer_with_a_live_process_is_waited_for_and_keeps_what_it_found():
     opened(backend).save(state(1), step=1)
     store = open_store(backend)
     with Session(store, "main", 2) as writer:
-        saved = snapshot.save(writer, state(1), Memory())  # all of it is there
+        saved = snapshot.save(writer, state(1), lambda _: Memory(), Shadow(0))  # all of it is there
         opened(backend).forget([1])
         before = packs(backend)
         assert len(gc.collect(backend).waiting_for) == 1
@@ -233,11 +237,13 @@ def test_a_writer_that_gives_up_does_not_take_a_copy_away_that_gc_relies_on(monk
     whole = {"a": noise(1, 3000)}
     opened(backend).save(whole, step=1)
     first = Session(open_store(backend), "main", 2)
-    saved = snapshot.save(first, whole, Memory())  # found in the pack of step 1
+    saved = snapshot.save(first, whole, lambda _: Memory(), Shadow(0))  # found in the pack of step 1
     opened(backend).forget([1])
     assert gc.collect(backend).waiting_for  # condemned
     late = Session(open_store(backend), "late", 1)
-    snapshot.save(late, whole, Memory())  # may not use the condemned pack: writes its own
+    snapshot.save(
+        late, whole, lambda _: Memory(), Shadow(0)
+    )  # may not use the condemned pack: writes its own
     monkeypatch.setattr(late, "_publish_index", lambda: late.abort())
     decide(first, saved.manifest)
     crash = CrashBackend(backend)
@@ -324,7 +330,7 @@ def test_a_pack_that_a_sweep_spared_may_be_used_again():
     opened(backend).save(state(1), step=1)
     (old,) = packs(backend)
     with Session(open_store(backend), "main", 2) as writer:
-        saved = snapshot.save(writer, state(1), Memory())
+        saved = snapshot.save(writer, state(1), lambda _: Memory(), Shadow(0))
         opened(backend).forget([1])
         assert gc.collect(backend).waiting_for
         decide(writer, saved.manifest)

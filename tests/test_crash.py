@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deltas import nearly, rows_of, taken
 from faults import CrashBackend, Cut, FailingBackend, contents, memory_of
 from steps import assert_steps, collect, floats, noise, opened, repeats, same
 from steps import visible as steps_of
@@ -14,7 +15,9 @@ from steps import visible as steps_of
 from deltackpt import gc, last, open_run, session, snapshot, these
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import StorageError
+from deltackpt.memory import Memory
 from deltackpt.session import Session
+from deltackpt.shadow import Shadow
 from deltackpt.store import open_store
 from deltackpt.verify import verify
 
@@ -31,6 +34,14 @@ def state(step, *, seed=0):
         "none": np.zeros((0, 3), np.float16),
         "step": step,
     }
+
+
+def trained(step):
+    """Weights that move a little at every step, so that a save has a delta of them."""
+    weights = floats(1, 700)
+    for seed in range(step):
+        weights = nearly(weights, seed)
+    return {"weights": weights, "stays": noise(1, 500), "step": step}
 
 
 def visible(where):
@@ -84,6 +95,17 @@ def saved(*steps, **kwargs):
     return act
 
 
+def trained_to(*steps):
+    """One save of deltas after another, in one process."""
+
+    def act(backend):
+        run = opened(backend)
+        for step in steps:
+            run.save(trained(step), step=step)
+
+    return act
+
+
 def forgot(*steps):
     return lambda backend: opened(backend).forget(steps)
 
@@ -98,6 +120,10 @@ def many(*acts):
 
 def with_(steps, **kwargs):
     return lambda before: before | {step: state(step, **kwargs) for step in steps}
+
+
+def with_trained(*steps):
+    return lambda before: before | {step: trained(step) for step in steps}
 
 
 def without(*steps):
@@ -177,6 +203,22 @@ SCENES = {
         many(lambda b: opened(b).fork("fork", step=3), forgot(3), collect),
         lambda before: without(3)(with_fork(3)(before)),
     ),
+    "a save of deltas": (trained_to(1, 2), trained_to(3, 4), with_trained(3, 4)),
+    "deltas whose base's step is forgotten, and a gc": (
+        many(trained_to(1, 2), lambda b: opened(b).fork("fork", step=2), trained_to(3, 4)),
+        many(forgot(1, 3), collect),
+        without(1, 3),
+    ),
+    "a gc that stores deltas whole": (
+        many(trained_to(1, 2, 3, 4, 5), forgot(1, 2, 3, 4)),
+        collect,
+        without(),
+    ),
+    "deltas beside an unfinished gc": (
+        many(trained_to(1, 2, 3), saved(4), forgot(2, 3, 4), condemned_only),
+        many(trained_to(5), forgot(1), collect),
+        lambda before: without(1)(with_trained(5)(before)),
+    ),
     "the end of another's gc": (many(saved(1, 2, 3), forgot(2), condemned_only), collect, without()),
 }
 
@@ -184,6 +226,8 @@ SCENES = {
 @pytest.fixture(params=SCENES)
 def a_scene(request, monkeypatch):
     monkeypatch.setattr(gc, "N_INDEX_MAX", 2)  # so that index files are merged too
+    if "delta" in request.param:
+        taken(monkeypatch)
     options = {}
     if "lets steps go" in request.param or "a pin" in request.param:
         options["may_stay"] = frozenset([1, 2, 3])
@@ -191,7 +235,10 @@ def a_scene(request, monkeypatch):
         # Nobody flushes a new run's directory for its dead writer: a decision in it that a gc has counted may
         # go with the power, and then gc asks whether refs/ is whole.
         options["may_ask"] = True
-    return scene(*SCENES[request.param], **options)
+    made = scene(*SCENES[request.param], **options)
+    has_deltas = bool(rows_of(open_store(made.backend(), create=True))["depth"].any())
+    assert has_deltas or "delta" not in request.param
+    return made
 
 
 def cuts(a_scene):
@@ -341,7 +388,7 @@ def test_gc_does_not_trade_a_durable_copy_for_one_whose_writer_died_before_its_b
     other = Session(store, "other", 1)
     other.look_up(np.zeros((0, 32), np.uint8))  # it looks before the save below, and so knows nothing of it
     opened(crash).save(whole, step=1)
-    snapshot.save(other, whole, snapshot.Memory())
+    snapshot.save(other, whole, lambda _: Memory(), Shadow(0))
     crash.run_to(crash.n_ops + 2)
     with pytest.raises(Cut):
         other.publish(b"")  # its pack is there, and not flushed by a barrier

@@ -3,17 +3,20 @@
 import itertools
 import random
 from concurrent.futures import Executor, Future
+from unittest import mock
 
 import numpy as np
 import pytest
+from deltas import put
 from faults import contents, memory_of
-from steps import collect, noise, opened, same, visible
+from steps import collect, floats, noise, opened, same, visible
 
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chunking import Chunker
-from deltackpt.codecs import CODECS
+from deltackpt.codecs import NAMES
 from deltackpt.errors import DeltackptError
 from deltackpt.format import VERSION, seal
+from deltackpt.session import Session
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store, workers
 from deltackpt.verify import verify
 
@@ -40,8 +43,27 @@ def no_threads(monkeypatch):
     monkeypatch.setattr(type(workers), "get", lambda self: AtOnce())
 
 
+def moved(i):
+    """Weights of which one moved; None: none did."""
+    weights = floats(1, 70)
+    if i is not None:
+        weights.view("i4")[i] += 1
+    return weights
+
+
+def level(step):
+    """Numbers that all move in step 3; the seed is one whose numbers are not cut, before and after."""
+    numbers = floats(5, 77)
+    numbers.view("i4")[:] += 5 * (step > 2)
+    return numbers
+
+
 def state(step):
+    """Of step 3 `near` are deltas of depth 2: of step 2's, of which nothing else is left."""
     return {
+        "weights": moved(None),
+        "near": [moved(9 if step == 2 else i) for i in range(3)] if step > 1 else [],
+        "level": level(step),
         "raw": noise(1, 70),
         "planes": np.arange(60, dtype=np.int64) * step,
         "lz4": np.frombuffer(b"once more " * 30, np.uint8),
@@ -64,8 +86,9 @@ def small():
     }
     backend.create_once(DESCRIPTOR, seal(body))
     run = opened(backend)
-    for step in (1, 2, 3):
-        run.save(state(step), step=step)
+    with mock.patch.object(Session, "put", put):
+        for step in (1, 2, 3):
+            run.save(state(step), step=step)
     run.forget([2])
     assert collect(backend).n_deleted
     run.pin(1)
@@ -73,7 +96,8 @@ def small():
     run.unpin(3)
     objects = contents(backend)
     rows = np.concatenate([s.rows for s in open_store(backend).refresh().segments])
-    assert set(rows["codec"].tolist()) == CODECS.keys()
+    assert set(rows["codec"].tolist()) == NAMES.keys()
+    assert set(rows["depth"].tolist()) == {0, 1, 2}
     assert max(row.level for row in run.manifest().tensors) > 0
     assert verify(backend, level="decode").clean
     return objects
@@ -104,12 +128,14 @@ def check_never_wrong(objects):
 def check_next_save(objects):
     """What is saved beside the damage, shares chunks with it, and is loaded, is right or an error."""
     backend = memory_of(objects)
+    new = state(3) | {"new": noise(9, 50), "nearer": moved(60)}
     try:
-        opened(backend).save(state(3) | {"new": noise(9, 50)}, step=9)
+        with mock.patch.object(Session, "put", put):
+            opened(backend).save(new, step=9)
         found = opened(backend).load(9)
     except DeltackptError:
         return
-    assert same(found, state(3) | {"new": noise(9, 50)})
+    assert same(found, new)
 
 
 def kind(name):

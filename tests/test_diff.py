@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections import OrderedDict
+from dataclasses import replace
 
+import deltas
+import ml_dtypes
 import numpy as np
 import pytest
 from faults import Wrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import noise, opened, same
+from steps import floats, noise, opened, same
 
-from deltackpt import tree
+from deltackpt import restore, tree
 from deltackpt.backends.memory import MemoryBackend
-from deltackpt.errors import NotFoundError
+from deltackpt.chunking import Chunker
+from deltackpt.distance import WINDOW_SIZE, Distance
+from deltackpt.errors import CorruptError, NotFoundError
+from deltackpt.format import LIST_ROW
 from deltackpt.leaves import plain_leaves
 
 
-def diff(a, b):
+def diff(a, b, **kwargs):
     run = opened(MemoryBackend())
     run.save(a, step=1)
     run.save(b, step=2)
-    return run.diff(1, 2)
+    return run.diff(1, 2, **kwargs)
+
+
+def distances(a, b):
+    return {t.name: t.distance for t in diff(a, b, values=True).tensors}
 
 
 def fates(found):
@@ -134,23 +145,207 @@ def test_steps_of_two_runs_and_two_stores_are_compared():
         a.diff(1, 1, other=b)
 
 
+class Counted(Wrapper):
+    """Counts the records that are read."""
+
+    n_chunks = 0
+
+    def _do(self, op, name, call, *, mutates=True):
+        with self._lock:
+            self.n_chunks += op == "read_into"
+        return call()
+
+
 def test_only_manifests_and_lists_are_read():
-    class Counted(Wrapper):
-        n_chunks = 0
-
-        def _do(self, op, name, call, *, mutates=True):
-            found = call()
-            if op == "read_into":
-                Counted.n_chunks += 1
-            return found
-
     backend = MemoryBackend()
     run = opened(backend)
     for step in (1, 2):
         run.save({"big": noise(step, 3 << 20), "small": noise(step, 500)}, step=step)
-    counted = opened(Counted(backend))
-    assert counted.diff(1, 2).count("changed") == 2
-    assert Counted.n_chunks == 2  # the one list of either step
+    counted = Counted(backend)
+    assert opened(counted).diff(1, 2).count("changed") == 2
+    assert counted.n_chunks == 2  # the one list of either step
+
+
+# -- elements
+
+
+def test_it_is_said_how_many_elements_differ_and_how_far():
+    w = floats(1, 1000)
+    old = {"same": w, "one": w.copy(), "sign": np.float32([1, 2]), "shape": np.zeros(4), "gone": w + 1}
+    moved = w.copy()
+    moved[3] = np.nextafter(moved[3], np.float32(9))
+    new = {"same": w, "one": moved, "sign": np.float32([1, -2]), "shape": np.ones((2, 2)), "new": w + 2}
+    found = distances(old, new)
+    assert found["one"] == Distance(1000, 4000, 1, 1, "ulp", 1, 1)
+    assert found["sign"] == Distance(2, 8, 1, 1, "ulp", 0x80000001, 32)
+    assert [found[name] for name in ("same", "shape", "gone", "new")] == [None] * 4
+    assert all(t.distance is None for t in diff(old, new).tensors)
+
+
+def test_nan_payloads_small_floats_and_integers_are_told():
+    nan = np.array([0x7FC00000, 0x7FC00000], "<u4").view("<f4")
+    other = np.array([0x7FC00000, 0x7FC00010], "<u4").view("<f4")
+    half = np.array([1, 2, 3], ml_dtypes.bfloat16)
+    up = np.array([1, 2, 3.03125], ml_dtypes.bfloat16)
+    found = distances(
+        {"nan": nan, "bf16": half, "i8": np.int8([-128, 5]), "empty": np.zeros((0, 3), "f4")},
+        {"nan": other, "bf16": up, "i8": np.int8([127, 5]), "empty": np.zeros((0, 3), "f4")},
+    )
+    assert found["nan"] == Distance(2, 8, 1, 1, "ulp", 16, 5)
+    assert found["bf16"] == Distance(3, 6, 1, 1, "ulp", 2, 2)
+    assert found["i8"] == Distance(2, 2, 1, 1, "integer", 255, 8)
+    assert found["empty"] is None
+
+
+def test_what_is_no_number_as_it_is_stored_has_no_step():
+    a = {"text": np.array(["ab", "c"]), "time": np.array([1, 2], "M8[s]"), "big": np.array([1, 2], ">f4")}
+    b = {"text": np.array(["ab", "d"]), "time": np.array([1, 3], "M8[s]"), "big": np.array([1, 3], ">f4")}
+    a, b = a | {"bool": np.array([True, False])}, b | {"bool": np.array([True, True])}
+    a, b = a | {"long": "a" * 100_000}, b | {"long": "a" * 99_999 + "b"}
+    found = distances(a, b)
+    assert {name: (d.n_differing, d.unit, d.step_max) for name, d in found.items()} == dict.fromkeys(
+        a, (1, None, None)
+    )
+    transposed = [np.asfortranarray(np.full((2, 3), x, np.float32)) for x in (1, 2)]
+    assert distances({"t": transposed[0]}, {"t": transposed[1]})["t"].step_max == 1 << 23
+
+
+@pytest.mark.parametrize("n", [1, 1 << 18, (5 << 20) + 3])
+def test_what_is_told_of_chunks_is_what_numpy_finds_in_the_whole(n):
+    rng = np.random.default_rng(n)
+    old = rng.normal(size=n).astype(np.float32)
+    new = old.copy()
+    at = np.unique(rng.integers(0, n, 50))
+    new.view(np.int32)[at] += rng.integers(1, 1000, len(at), np.int32)
+    a, b = old.view(np.int32).astype(np.int64), new.view(np.int32).astype(np.int64)
+    found = distances({"w": old}, {"w": new})["w"]
+    assert (found.n_elements, found.n_differing, found.step_max) == (n, len(at), abs(a - b).max())
+    assert found.differing_size == (old.view(np.uint8) != new.view(np.uint8)).sum()
+
+
+def test_two_tensors_that_are_cut_differently_are_compared_all_the_same():
+    data = noise(1, 4 << 20)
+    inserted = np.concatenate([noise(2, 1000), data])
+    runs = [opened(MemoryBackend()) for _ in range(2)]
+    moved = inserted.copy()
+    moved[:1000] ^= 0x80
+    moved[-5:] ^= 1
+    for run, first, second in zip(runs, (inserted, data), (moved, moved), strict=True):
+        run.save({"w": first}, step=1)
+        run.save({"w": second}, step=2)  # cut anew, or as the step before it was
+    found = runs[0].diff(2, 2, other=runs[1], values=True)
+    assert found.tensors[0].fate == "same"
+    told = runs[0].diff(1, 2, other=runs[1], values=True).tensors[0]
+    assert told.distance == Distance(moved.size, moved.size, 1005, 1005, "integer", 128, 8)
+
+
+def test_cuts_inside_elements_do_no_harm(monkeypatch):
+    old = floats(1, 3 << 18)
+    new = old.copy()
+    new.view(np.int32)[::100_000] += 7
+    run = opened(MemoryBackend())
+    for step, array in enumerate((old, new), 1):
+        # As bytes they are cut anywhere; the floats that have these bytes take those cuts over.
+        monkeypatch.setattr(
+            Chunker, "cuts", lambda self, data, *args: np.array([333_333, 666_667, data.size])
+        )
+        run.save({"w": array}, step=step)
+    chunks = run.diff(1, 2, values=True).tensors[0]
+    assert chunks.n_chunks == 3
+    assert chunks.distance == Distance(3 << 18, 3 << 20, 8, 8, "ulp", 7, 3)
+
+
+def test_chunks_that_both_have_are_not_read():
+    backend = MemoryBackend()
+    run = opened(backend)
+    data = noise(1, 4 << 20)
+    for step in (1, 2):
+        data[100], data[3 << 20] = step, step
+        run.save({"w": data, "frozen": noise(5, 4 << 20)}, step=step)
+    counted = Counted(backend)
+    told = opened(counted).diff(1, 2, values=True).tensors[0]
+    assert (told.distance.n_differing, told.n_differing) == (2, 2)
+    n_bases = int((deltas.rows_of(run.store)["depth"] > 0).sum())
+    # Of w 2 chunks of either step and the bases of those that are deltas; and a list of each tensor and step.
+    assert counted.n_chunks == 2 * 2 + n_bases + 4
+
+
+def test_memory_is_bounded_whatever_the_size():
+    run = opened(MemoryBackend())
+    for step in (1, 2):
+        run.save({"w": noise(step, 64 << 20)}, step=step)
+    run = opened(run.store.backend)
+    tracemalloc.start()
+    try:
+        told = run.diff(1, 2, values=True).tensors[0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert told.distance.n_differing > 60 << 20
+    assert peak < 2 * (WINDOW_SIZE + (2 << 20)) + (4 << 20) < 32 << 20
+
+
+def test_chunks_that_are_deltas_are_compared_too(monkeypatch):
+    deltas.taken(monkeypatch)
+    run = opened(MemoryBackend())
+    state = {"w": floats(1, 1 << 18)}
+    for step in (1, 2, 3):
+        run.save(state, step=step)
+        state = {"w": deltas.nearly(state["w"], step)}
+    assert deltas.rows_of(run.store)["depth"].max() > 1
+    a, b = (run.load(step)["w"].view(np.int32).astype(np.int64) for step in (1, 3))
+    found = opened(run.store.backend).diff(1, 3, values=True).tensors[0].distance
+    assert (found.n_differing, found.step_max) == (np.count_nonzero(a != b), abs(a - b).max())
+    assert found.step_max == 6
+
+
+def test_a_damaged_chunk_is_named_with_its_step_and_tensor():
+    class Broken(Wrapper):
+        def _do(self, op, name, call, *, mutates=True):
+            if op == "read_into":
+                raise CorruptError(f"{name}: broken")
+            return call()
+
+    backend = MemoryBackend()
+    run = opened(backend)
+    for step in (1, 2):
+        run.save({"w": noise(step, 500)}, step=step)
+    broken = opened(Broken(backend))
+    assert broken.diff(1, 2).count("changed") == 1
+    with pytest.raises(CorruptError, match=r"run 'main' step 1: tensor 'w': .*broken"):
+        broken.diff(1, 2, values=True)
+
+
+def test_a_chunk_that_claims_too_much_is_refused_before_there_is_memory_for_it():
+    run = opened(MemoryBackend())
+    run.save({"w": noise(1, 500)}, step=1)
+    row = replace(run.manifest(1).tensors[0], size=1 << 40)
+    chunks = np.zeros(1, LIST_ROW)
+    chunks["size"] = 1 << 30
+    with pytest.raises(CorruptError, match=f"tensor 'w': a chunk of {1 << 30} bytes, at most {1 << 26}"):
+        restore.stretch(run.store, row, chunks, 0, 8)
+
+
+def test_json_and_text_hold_the_distance():
+    found = diff({"w": np.float32([1, 2]), "v": 1}, {"w": np.float32([1, 2.0000002]), "v": 1}, values=True)
+    assert json.loads(json.dumps(found.to_json()))["tensors"][0]["distance"] == {
+        "n_elements": 2,
+        "size": 8,
+        "n_differing": 1,
+        "differing_size": 1,
+        "unit": "ulp",
+        "step_max": 1,
+        "step_bits": 1,
+        "element_share": 0.5,
+        "byte_share": 0.125,
+    }
+    assert (
+        "changed  w  8 B of 8 B, 1 of 1 chunks; 50.00 % of elements, 12.50 % of bytes, by at most 1 ulp, "
+        "half below 2^1\n"
+    ) in str(found)
+
+
+# -- both
 
 
 def test_a_comparison_is_not_resuming():
@@ -174,6 +369,7 @@ def test_json_holds_the_totals():
         "n_chunks": 1,
         "differing_size": 16,
         "n_differing": 1,
+        "distance": None,
     }
     assert told["values"] == [{"name": "v", "old": "1", "new": "2"}]
     assert (told["n_changed"], told["n_same"], told["size"], told["differing_size"]) == (1, 0, 16, 16)

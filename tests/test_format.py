@@ -14,6 +14,7 @@ import lz4.block
 import numpy as np
 import pytest
 import zstandard
+from deltas import nearly, rows_of, taken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ def test_the_page_names_every_directory_column_tag_codec_and_cap():
     assert [row[0].strip("`") for row in table(section("Structure"))] == list(structure.TAGS)
     listed = re.search(r"\| `dtype` \| one of `(.*?)`", PAGE)[1].split()
     assert listed == list(types.DTYPE_SIZES)
-    assert re.findall(r"^\*\*Codec (\d+), (\w+)\.\*\*", PAGE, re.M) == [
+    assert re.findall(r"^\*\*Codec (\d+), ([\w-]+)\.\*\*", PAGE, re.M) == [
         (str(number), name) for number, name in codecs.NAMES.items()
     ]
     for name, value, _ in table(section("Caps")):
@@ -127,16 +128,15 @@ def test_a_worked_payload_decodes_to_what_the_page_says(block: str):
     expected = bytes.fromhex(example["decoded"])
     out = np.empty(len(expected), np.uint8)
     payload = np.frombuffer(bytes.fromhex(example["payload"]), np.uint8)
-    codecs.decode(int(example["codec"]), payload, int(example["itemsize"]), out, "here")
+    codec, itemsize = int(example["codec"]), int(example["itemsize"])
+    base = bytes.fromhex(example["base"]) if "base" in example else None
+    codecs.decode(codec, payload, itemsize, out, "here", base and np.frombuffer(base, np.uint8))
     assert out.tobytes() == expected
-    assert (
-        reader()["decode"](int(example["codec"]), int(example["itemsize"]), payload.tobytes(), out.size)
-        == expected
-    )
+    assert reader()["decode"](codec, itemsize, payload.tobytes(), out.size, base) == expected
 
 
 def test_every_codec_has_a_worked_payload():
-    assert {int(block.split()[1]) for block in blocks("codec")} == set(codecs.CODECS)
+    assert {int(block.split()[1]) for block in blocks("codec")} == set(codecs.NAMES)
 
 
 def test_the_worked_record_is_sealed():
@@ -183,6 +183,29 @@ def reader() -> dict[str, Any]:
     space: dict[str, Any] = {}
     exec(source, space)
     return space
+
+
+def test_the_pages_reader_follows_chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    taken(monkeypatch)
+    arrays = [WEIGHTS]
+    with open_run(tmp_path) as run:
+        for step in range(4):
+            run.save({"w": arrays[-1]}, step=step)
+            arrays.append(nearly(arrays[-1], step))
+        run.forget([0])
+        assert rows_of(run.store)["depth"].max() == 3
+    space = reader()
+
+    def decode(codec, itemsize, payload, size, base=None):
+        out = np.empty(size, np.uint8)
+        whole = None if base is None else np.frombuffer(base, np.uint8)
+        codecs.decode(codec, np.frombuffer(payload, np.uint8), itemsize, out, "here", whole)
+        return out.tobytes()
+
+    space["decode"] = decode  # here it is about the way from one to the next
+    for step in range(1, 4):
+        _, tensors = space["load"](str(tmp_path), "main", step)
+        assert tensors["w"][2] == arrays[step].tobytes()
 
 
 @pytest.mark.parametrize("golden", sorted(p for p in GOLDENS.iterdir() if p.is_dir()), ids=lambda p: p.name)
@@ -239,7 +262,7 @@ WEIGHTS.view(np.uint16)[::2] = 0  # so that planes pay even if none is compresse
 @pytest.mark.parametrize("compress", [compress_something_else, compress_and_cut_short])
 def test_what_zstd_does_not_give_back_is_stored_raw(compress, monkeypatch, caplog):
     zstd = SimpleNamespace(multi_compress_to_buffer=compress)
-    monkeypatch.setattr(codecs.planes._local, "compressor", zstd)
+    monkeypatch.setattr(codecs.coder._local, "compressor", zstd)
     data = WEIGHTS.view(np.uint8)
     payload = codecs.encode(data, codecs.Kind(4, True))
     assert caplog.records

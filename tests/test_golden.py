@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from anystate import picture
 
-from deltackpt import gc
+from deltackpt import codecs, gc
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError, InvalidInputError
@@ -89,6 +90,36 @@ def test_v1_loads_torch_tensors():
 
 def test_every_golden_store_has_its_writer():
     assert sorted(make_golden.STORES) == VERSIONS
+
+
+def test_v1_delta_holds_what_its_readme_says():
+    store, _ = opened("v1-delta")
+    rows = np.concatenate([segment.rows for segment in store.refresh(complete=True).segments])
+    names = [name for segment in store.refresh().segments for name in segment.packs]
+    deltas = rows[rows["depth"] > 0]
+    assert set(deltas["codec"].tolist()) == set(codecs.DELTAS)
+    assert rows["depth"].max() > 1
+    heads = []
+    for row in deltas:
+        data = store.backend.read(
+            names[int(row["pack"])].key, int(row["offset"]) + 96, int(row["stored_size"])
+        )
+        map_, cast, _, _, offset = struct.unpack_from("<BBBBI", data)
+        scale = struct.unpack_from("<f", data, 8)[0] if row["codec"] == 3 else 1.0
+        heads.append((int(row["codec"]), map_ & 0x7F, map_ >> 7, cast, offset > 0, scale != 1.0))
+    codec, map_, is_bitmap, cast, is_part, is_scaled = map(set, zip(*heads, strict=True))
+    assert (codec, map_, cast) == ({3, 4}, {0, 1, 2}, {0, 1, 2, 3})
+    assert is_bitmap == {0, 1}
+    assert is_part == is_scaled == {False, True}
+
+
+def test_v1_delta_loads_as_the_states_that_were_saved():
+    store, _ = opened("v1-delta")
+    for step in (2, 3, 4):
+        assert picture(Run(store, "main").load(step)) == picture(make_golden.delta_state(step))
+    state = make_golden.delta_state(6)
+    moments = {"moment": state["moment"], "first": state["first"]}
+    assert picture(Run(store, "branch").load(3)) == picture(moments)
 
 
 def test_v1_types_load_as_the_states_that_were_saved():

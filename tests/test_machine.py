@@ -6,6 +6,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from deltas import nearly, put
 from faults import CrashBackend, Cut, Wrapper
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +18,7 @@ from deltackpt.chunking import Chunker
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError
 from deltackpt.format import VERSION, seal
 from deltackpt.run import Run
+from deltackpt.session import Session
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
 
 RUNS = ["main", "other"]
@@ -87,13 +89,18 @@ class Flaky(Wrapper):
 class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.patch = mock.patch.object(manifest, "LIST_ROWS_MAX", 4)
-        self.patch.start()
+        self.patches = [
+            mock.patch.object(manifest, "LIST_ROWS_MAX", 4),
+            mock.patch.object(Session, "put", put),
+        ]
+        for patch in self.patches:
+            patch.start()
 
     def teardown(self):
         if hasattr(self, "backend"):
             self.nothing_else_is_there()
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()
 
     @initialize(is_small=st.booleans())
     def create(self, is_small):
@@ -131,6 +138,12 @@ class Machine(RuleBasedStateMachine):
                 if changed.nbytes <= self.size_max:
                     work[name] = changed
             self.work = work
+
+    @rule(seed=st.integers(0, 9))
+    def train_all(self, seed):
+        """Change every array of floats a little, so that the next save has deltas."""
+        work = {"w": floats(seed, 500)} | self.work
+        self.work = {n: nearly(v, seed) if getattr(v, "dtype", None) == "f4" else v for n, v in work.items()}
 
     # -- the store
 

@@ -30,7 +30,8 @@ def build(payloads: list[bytes], name: PackName = NAME) -> bytes:
     builder = PackBuilder(STORE, name)
     parts = [builder.header()]
     for payload in payloads:
-        record = Record.whole(0, 4, blake3(payload).digest(), len(payload), payload)
+        chunk_id = blake3(payload).digest()
+        record = Record.of(payload, codec=0, itemsize=4, raw_size=len(payload), chunk_id=chunk_id)
         builder.add(record)
         parts += [record.to_bytes(), payload]
     data = b"".join([*parts, builder.footer()])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deltackpt.errors import CorruptError, FormatError, InvalidInputError, UnsupportedVersionError
 from deltackpt.format import seal, unseal
+from deltackpt.groups import Coded, GroupCost
 from deltackpt.pack import PackName
 from deltackpt.records import (
     GC_RUN,
@@ -208,6 +209,21 @@ def test_any_fields_with_a_good_checksum_are_a_decision_or_a_format_error(change
     if isinstance(decision, Commit):
         assert type(decision.created_s) is float
         assert len(decision.manifest) == 32
+
+
+def test_figures_keep_the_groups_and_those_of_before_have_none():
+    cost = GroupCost("weights", "bfloat16", 64, 2, 32, {"delta-sparse": Coded(1, 32, 9)})
+    body = body_of(replace(COMMIT, figures=Figures(logical_size=64, groups=[cost])))
+    assert decision_from_bytes(seal(body), SLOT).figures.groups == [cost]
+    del body["figures"]["groups"]
+    assert decision_from_bytes(seal(body), SLOT).figures == Figures(logical_size=64)
+
+
+@pytest.mark.parametrize("groups", [None, {}, [3], [{"group": "weights"}], ["weights"]])
+def test_groups_of_another_form_are_a_format_error(groups):
+    body = body_of(COMMIT) | {"figures": {"groups": groups}}
+    with pytest.raises(CorruptError, match="not a decision"):
+        decision_from_bytes(seal(body), SLOT)
 
 
 @settings(deadline=None)

@@ -304,9 +304,9 @@ def test_a_check_reads_what_tensors_share_once_and_keeps_nothing(monkeypatch):
     sizes = []
     read_into = type(run.store).read_into
 
-    def counted(self, chunk_id, row, out):
+    def counted(self, chunk_id, row, out, *rest):
         sizes.append(out.size)
-        read_into(self, chunk_id, row, out)
+        read_into(self, chunk_id, row, out, *rest)
 
     rows = run.manifest().tensors
     monkeypatch.setattr(type(run.store), "read_into", counted)

@@ -1,6 +1,6 @@
 """Printing: what commands put on stdout and stderr.
 
-Owns   which stream what goes to, tables, the line of progress, quiet, and how figures read.
+Owns   which stream what goes to, the style of tables, the line of progress, quiet, and how figures read.
 Never  asks the store, or lets a name from a file command the terminal.
 
 Data and news of what was done go to stdout, all else to stderr.  A line of output is a line: nothing is
@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,11 +22,11 @@ from typing import IO, Any
 
 import click
 
+from deltackpt import report
 from deltackpt.report import human_size
 
 _QUIET = "deltackpt.quiet"
 _REDRAW_S = 0.1
-_GAP = "  "
 
 
 def be_quiet() -> None:
@@ -99,35 +98,11 @@ def answer_table(
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, bold: bool = False) -> str:
-    r"""Return a table as lines; a column whose name starts with ``>`` is aligned right.
-
-    Examples
-    --------
-    >>> print(table(("name", ">size"), [("w", "1.0 MB"), ("bias", "4 B")]))
-    name    size
-    w     1.0 MB
-    bias     4 B
-    """
-    right = [column.startswith(">") for column in columns]
-    # One line a row, whatever is in a name.
-    cells = [[plain(cell).replace("\n", r"\n") for cell in row] for row in rows]
-    header = [column.removeprefix(">") for column in columns]
-    widths = [max(map(_width, column)) for column in zip(header, *cells, strict=True)]
-    lines = [
-        _GAP.join(
-            " " * (width - _width(cell)) + cell if is_right else cell + " " * (width - _width(cell))
-            for cell, width, is_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in ([header] if any(header) else []) + cells
-    ]
-    if bold and any(header):
-        lines[0] = click.style(lines[0], bold=True)
-    return "\n".join(lines)
-
-
-def _width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+    """Return a table as `report.table` does, its head bold if there is one."""
+    head, _, rest = report.table(columns, rows).partition("\n")
+    if bold and any(column.removeprefix(">") for column in columns):
+        head = click.style(head, bold=True)
+    return "\n".join([head, rest] if rest else [head])
 
 
 # -- progress

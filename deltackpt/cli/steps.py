@@ -26,7 +26,8 @@ from deltackpt.cli.options import (
     step_option,
 )
 from deltackpt.cli.printing import answer, answer_table, figures, percent, table, tell, when
-from deltackpt.report import human_size
+from deltackpt.groups import GroupCost
+from deltackpt.report import cost_lines, human_size
 from deltackpt.retention import Rule
 from deltackpt.run import open_run
 from deltackpt.store import open_store
@@ -102,12 +103,16 @@ def show(store: Path, step: int | str, run: str, as_json: bool) -> None:
     ]
     columns = ("tensor", "dtype", "shape", ">size", ">chunks")
     answer_table(columns, rows, found, as_json, empty=f"run {run} step {found['step']}: no tensors")
+    groups = [GroupCost.from_json(group) for group in found["commit"]["figures"]["groups"]]
+    if groups and not as_json:
+        answer(f"\n{table(*cost_lines(groups))}", None, False)
 
 
 @cli.command(short_help="Show what differs between two steps.")
 @click.argument("a", callback=step_of_run, shell_complete=complete_steps_of_runs)
 @click.argument("b", callback=step_of_run, shell_complete=complete_steps_of_runs)
 @run_option
+@click.option("--lists", is_flag=True, help="Compare lists of chunks alone, and read no tensor.")
 @output_options
 @click.pass_obj
 def diff(
@@ -115,24 +120,25 @@ def diff(
     a: tuple[str | None, int | str],
     b: tuple[str | None, int | str],
     run: str,
+    lists: bool,
     as_json: bool,
 ) -> None:
     """Show what differs between the steps A and B, tensor by tensor and value by value.
 
-    A and B are each a STEP of --run, or RUN@STEP; a STEP is a number, latest or latest-good. It reads
-    manifests and lists of chunks, no tensor. It exits 0 whether they differ or not: is_empty in the JSON
-    tells.
+    A and B are each a STEP of --run, or RUN@STEP; a STEP is a number, latest or latest-good. Of a tensor it
+    says how many elements and bytes differ and by how much, and reads the chunks that only one step has;
+    --lists spares that. It exits 0 whether they differ or not: is_empty in the JSON tells.
 
     \b
     Examples:
       deltackpt diff 1000 2000
       deltackpt diff main@latest ablation@latest
-      deltackpt diff 1000 latest --json | jq .is_empty
+      deltackpt diff 1000 latest --lists --json | jq .is_empty
     """
     (run_a, step_a), (run_b, step_b) = a, b
     opened = open_store(store)
     with open_run(opened, run_a or run) as left, open_run(opened, run_b or run) as right:
-        found = left.diff(step_a, step_b, other=right)
+        found = left.diff(step_a, step_b, other=right, values=not lists)
     answer(str(found), found.to_json(), as_json)
 
 

@@ -28,7 +28,8 @@ from deltackpt.cli.printing import (
     tell,
 )
 from deltackpt.errors import DeltackptError, NotFoundError
-from deltackpt.report import human_size, one_line
+from deltackpt.groups import TITLES
+from deltackpt.report import cost_lines, human_size, one_line
 from deltackpt.store import open_store
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def stats(store: Path, run: str | None, over_time: bool, as_json: bool) -> None:
       deltackpt stats --run ablation --over-time
       deltackpt stats --json | jq .groups
     """
-    from deltackpt.stats import TITLES, look
+    from deltackpt.stats import look
 
     with busy("adding up"):
         found = look(open_store(store), run)
@@ -73,6 +74,8 @@ def stats(store: Path, run: str | None, over_time: bool, as_json: bool) -> None:
     groups = [(TITLES[name], *_sums(s)) for name, s in found.groups.items() if s.logical_size]
     columns = (">in", ">unchanged", ">shared", ">repeated", ">new", ">stored", ">times smaller")
     parts = [str(found), table(("group", *columns), [*groups, ("all", *_sums(found.sums))])]
+    if found.costs:
+        parts.append(table(*cost_lines(found.costs)))
     parts.append(_runs(found))
     if over_time:
         parts.append(_steps(found))
@@ -160,7 +163,7 @@ def gc(store: Path, dry_run: bool, force: bool, patience_s: float | None, as_jso
         )
     lines = [
         f"{result.n_packs} packs: {human_size(result.live_size)} in use, {human_size(result.dead_size)} not",
-        f"{result.n_dead} to delete, {result.n_repacked} to rewrite"
+        f"{result.n_dead} to delete, {result.n_repacked} to rewrite, {result.n_rebased} deltas to store whole"
         if dry_run
         else f"freed {human_size(result.freed_size)} in {result.n_deleted} files",
     ]

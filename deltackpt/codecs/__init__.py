@@ -1,6 +1,6 @@
 """Codecs: numbered reversible transforms of a chunk's bytes.
 
-Owns   the registry, the choice of a codec for a chunk, and the rule that a payload is never larger than raw.
+Owns   the registry, and decoding by number.
 Never  does I/O or hashes: the caller compares the decoded bytes with the chunk id.
 
 A number, once released, means the same bytes for ever (docs/format.md, "Codecs").
@@ -8,18 +8,47 @@ A number, once released, means the same bytes for ever (docs/format.md, "Codecs"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
-
-from deltackpt.codecs import lz4, planes, raw
+from deltackpt.codecs import coder, dense, encoder, lz4, planes, raw, sparse
+from deltackpt.codecs.chunk import WHOLE, Base, Chunk, Encoded, Kind, Mode
+from deltackpt.codecs.encoder import best_mode, encode, encode_all, room
+from deltackpt.differences import F32_BF16, F32_F16, F64_F32, cast
 from deltackpt.errors import CorruptError, UnsupportedVersionError
 from deltackpt.types import U8
 
+__all__ = [
+    "CASTS",
+    "CODECS",
+    "DELTAS",
+    "ITEMSIZES",
+    "NAMES",
+    "WHOLE",
+    "Base",
+    "Chunk",
+    "Codec",
+    "DeltaCodec",
+    "Encoded",
+    "Kind",
+    "Mode",
+    "best_mode",
+    "cast",
+    "coder",
+    "decode",
+    "dense",
+    "encode",
+    "encode_all",
+    "encoder",
+    "lz4",
+    "planes",
+    "raw",
+    "room",
+    "sparse",
+]
+
 
 class Codec(Protocol):
-    """What a codec module offers."""
+    """What the module of a codec offers that needs no base."""
 
     NUMBER: int
     NAME: str
@@ -33,103 +62,47 @@ class Codec(Protocol):
         """Fill `out` exactly, or raise `CorruptError`."""
 
 
-class Kind(NamedTuple):
-    """What a codec may know of a chunk's elements: bytes each {1, 2, 4, 8}, and whether they are floats."""
+class DeltaCodec(Protocol):
+    """What the module of a codec offers whose payload is of use only with the base's bytes."""
 
-    itemsize: int
-    is_float: bool
+    NUMBER: int
+    NAME: str
 
+    @staticmethod
+    def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
+        """Return the payload, larger than `data` or not."""
 
-class Encoded(NamedTuple):
-    """A chunk as stored."""
-
-    codec: int
-    payload: bytes | U8
+    @staticmethod
+    def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
+        """Fill `out` exactly, or raise `CorruptError`."""
 
 
 CODECS: dict[int, Codec] = {c.NUMBER: c for c in (raw, lz4, planes)}  # type: ignore[misc]
-NAMES = {number: codec.NAME for number, codec in CODECS.items()}
+DELTAS: dict[int, DeltaCodec] = {c.NUMBER: c for c in (dense, sparse)}  # type: ignore[misc]
+NAMES = {number: codec.NAME for number, codec in (CODECS | DELTAS).items()}
 ITEMSIZES = (1, 2, 4, 8)
+#: (dtype of the base, dtype of the chunk) -> how the one is made the other.
+CASTS = {
+    ("float32", "bfloat16"): F32_BF16,
+    ("float32", "float16"): F32_F16,
+    ("float64", "float32"): F64_F32,
+}
 
-#: Saving less than this share is not worth the decoding.
-_GAIN_MIN = 0.02
-#: lz4 is judged by four pieces of this size, spread over the chunk: 16 KiB tell ratios to about 1 %.
-_PIECE_SIZE = 4096
 
-room = planes.room
-
-
-class Chunk(NamedTuple):
-    """A chunk to encode.
+def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str, base: U8 | None = None) -> None:
+    """Fill `out` with a chunk's decoded bytes.
 
     Parameters
     ----------
-    data : ndarray of uint8
-    kind : Kind
-    buffer : ndarray of uint8, shape (room(data.size),) or more
-        Memory to work in; the payload may be a view of it, or of `data`.
-    """
-
-    data: U8
-    kind: Kind
-    buffer: U8
-
-
-def encode(data: U8, kind: Kind) -> Encoded:
-    """Return a chunk as it should be stored: by the codec that pays, else raw; never larger than raw.
-
-    Examples
-    --------
-    >>> encode(np.zeros(1000, np.uint8), Kind(4, True)).payload.size
-    24
-    """
-    return encode_all([Chunk(data, kind, np.empty(room(data.size), np.uint8))])[0]
-
-
-def encode_all(chunks: Sequence[Chunk]) -> list[Encoded]:
-    """Return each of several chunks as it should be stored; every payload has been decoded again."""
-    splits = [planes.split(*chunk) for chunk in chunks]
-    numbers = [choose(chunk.data, split) for chunk, split in zip(chunks, splits, strict=True)]
-    by_planes = [split for split, number in zip(splits, numbers, strict=True) if number == planes.NUMBER]
-    payloads = iter(planes.encode_all(by_planes))
-    encoded = []
-    for chunk, number in zip(chunks, numbers, strict=True):
-        payload: bytes | U8 = chunk.data
-        if number == planes.NUMBER:
-            payload = next(payloads)
-        elif number == lz4.NUMBER:
-            payload = lz4.encode(chunk.data, chunk.kind)
-        if len(payload) > (1 - _GAIN_MIN) * chunk.data.size:
-            number, payload = raw.NUMBER, chunk.data
-        encoded.append(Encoded(number, payload))
-    return encoded
-
-
-def choose(data: U8, split: planes.Planes) -> int:
-    """Return the number of the codec that should pay most on a chunk, given its planes.
-
-    Byte planes are judged by the entropy of each plane, lz4 by trying it on a sample: it wins where bytes
-    repeat in runs (masks, token ids, text), planes where exponents are few (weights, moments).
-    """
-    by_planes = planes.estimate(split)
-    by_lz4 = 1.0
-    if not planes.has_noise(split):
-        sample = _sample(data)
-        by_lz4 = len(lz4.encode(sample, split.kind)) / max(1, sample.size)
-    if min(by_planes, by_lz4) > 1 - _GAIN_MIN:
-        return raw.NUMBER
-    return lz4.NUMBER if by_lz4 < by_planes else planes.NUMBER
-
-
-def _sample(data: U8) -> U8:
-    if data.size <= 4 * _PIECE_SIZE:
-        return data
-    step = (data.size - _PIECE_SIZE) // 3
-    return np.concatenate([data[i * step : i * step + _PIECE_SIZE] for i in range(4)])
-
-
-def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str) -> None:
-    """Fill `out` with a chunk's decoded bytes.
+    codec, itemsize : int
+        Of the record.
+    payload : ndarray of uint8
+    out : ndarray of uint8
+        Exactly as many bytes as the chunk has.
+    where : str
+        For messages.
+    base : ndarray of uint8, optional
+        The base chunk's decoded bytes, whole; needed by `DELTAS` and by no other.
 
     Raises
     ------
@@ -138,14 +111,18 @@ def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str) -> None:
     CorruptError
         If the payload does not decode to exactly `out.size` bytes.
     """
-    known = CODECS.get(codec)
-    if known is None:
+    if codec not in NAMES:
         raise UnsupportedVersionError(
             f"{where}: codec {codec}, this build knows {NAMES}", hint="upgrade deltackpt"
         )
     if itemsize not in ITEMSIZES:
         raise CorruptError(f"{where}: element size {itemsize}, expected one of {ITEMSIZES}")
+    if (base is None) == (codec in DELTAS):
+        raise CorruptError(f"{where}: {NAMES[codec]} {'without' if base is None else 'with'} a base")
     try:
-        known.decode(payload, itemsize, out)
+        if base is not None:
+            DELTAS[codec].decode(payload, itemsize, out, base)
+        else:
+            CODECS[codec].decode(payload, itemsize, out)
     except CorruptError as e:
-        raise CorruptError(f"{where}: {known.NAME}: {e.message}") from e
+        raise CorruptError(f"{where}: {NAMES[codec]}: {e.message}") from e

@@ -12,7 +12,7 @@ from deltackpt.errors import CorruptError
 from deltackpt.types import U8
 
 if TYPE_CHECKING:
-    from deltackpt.codecs import Kind
+    from deltackpt.codecs.chunk import Kind
 
 log = logging.getLogger("deltackpt")
 

@@ -8,7 +8,7 @@ from deltackpt.errors import CorruptError
 from deltackpt.types import U8
 
 if TYPE_CHECKING:
-    from deltackpt.codecs import Kind
+    from deltackpt.codecs.chunk import Kind
 
 NUMBER = 0
 NAME = "raw"

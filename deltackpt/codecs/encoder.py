@@ -1,0 +1,206 @@
+"""Which codec a chunk is stored by, and the rule that a payload is never larger than raw.
+
+Owns   the choice, by the entropy of samples or by trying; the fit of a scale.
+Never  knows which chunk a base is, or whether a chain may grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from deltackpt import differences, kernels
+from deltackpt.codecs import coder, dense, lz4, planes, raw, sparse
+from deltackpt.codecs.chunk import WHOLE, Base, Chunk, Encoded, Kind, Mode
+from deltackpt.types import U8
+
+#: Saving less than this share is not worth the decoding.
+_GAIN_MIN = 0.02
+#: lz4 is judged by four pieces of this size, spread over the chunk: 16 KiB tell ratios to about 1 %.
+_PIECE_SIZE = 4096
+#: Smaller chunks are only judged: an attempt costs 100 us, as much as 100 KiB.
+_TRY_SIZE_MIN = 16384
+#: Of larger ones this much is tried.
+_TRY_SIZE = 65536
+#: Bytes of floats that vary have 7 bits of entropy and more, whole numbers and zeros less than this.
+_PLAIN_BITS = 5.0
+#: Elements that a scale is judged by, and scales tried.
+_N_SAMPLES, _N_SCALES = 512, 32
+#: Bits an element that a scale must save.
+_SCALE_GAIN = 0.05
+
+room = coder.room
+
+
+class _Attempt(NamedTuple):
+    """A chunk split as one codec has it."""
+
+    codec: int
+    split: coder.Split
+
+
+def encode(data: U8, kind: Kind) -> Encoded:
+    """Return a chunk as it should be stored: by the codec that pays, else raw; never larger than raw.
+
+    Examples
+    --------
+    >>> encode(np.zeros(1000, np.uint8), Kind(4, True)).payload.size
+    24
+    """
+    return encode_all([Chunk(data, kind, np.empty(room(data.size), np.uint8))])[0]
+
+
+def encode_all(chunks: Sequence[Chunk]) -> list[Encoded]:
+    """Return each of several chunks as it should be stored; every payload has been decoded again.
+
+    A delta is used where it is smaller than the chunk stored whole, as far as the mode tells.
+    """
+    attempts = [_attempt(chunk) for chunk in chunks]
+    payloads = iter(coder.encode_all([a.split for a in attempts if isinstance(a, _Attempt)]))
+    encoded = []
+    for chunk, attempt in zip(chunks, attempts, strict=True):
+        if not isinstance(attempt, _Attempt):
+            encoded.append(attempt)
+            continue
+        payload: bytes | U8 = next(payloads)
+        if len(payload) <= (1 - _GAIN_MIN) * chunk.data.size:
+            encoded.append(Encoded(attempt.codec, payload))
+        elif chunk.base is not None:
+            encoded.append(encode_all([chunk._replace(base=None)])[0])
+        else:
+            encoded.append(Encoded(raw.NUMBER, chunk.data))
+    return encoded
+
+
+def _attempt(chunk: Chunk) -> _Attempt | Encoded:
+    """Split a chunk for the codec that should pay most, or encode it if that takes no planes."""
+    data, kind, buffer, base, mode = chunk
+    if base is not None and dense.part(data, kind, base) is not None:
+        mode = mode or best_mode(chunk)
+        if mode.map is not None:
+            attempt = _delta(data, kind, base, mode, buffer)
+            if attempt.codec == sparse.NUMBER or kernels.entropy(data) > _PLAIN_BITS:
+                return attempt
+            # Nearly constant, whatever the rest of its tensor is: then it may be smallest by itself.
+            expected = coder.expected_size(attempt.split)
+            if expected <= coder.expected_size(planes.split(data, kind, buffer)):
+                return _delta(data, kind, base, mode, buffer)
+    split = planes.split(data, kind, buffer)
+    number = choose(data, kind, split)
+    if number == planes.NUMBER:
+        return _Attempt(number, split)
+    payload = lz4.encode(data, kind) if number == lz4.NUMBER else data
+    if len(payload) > (1 - _GAIN_MIN) * data.size:
+        number, payload = raw.NUMBER, data
+    return Encoded(number, payload)
+
+
+def _delta(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> _Attempt:
+    changed = sparse.n_changed(data, kind, base)
+    if changed is not None and changed <= sparse.SHARE_MAX * (data.size // kind.itemsize):
+        return _Attempt(sparse.NUMBER, sparse.split(data, kind, base, mode, changed, buffer))
+    return _Attempt(dense.NUMBER, dense.split(data, kind, base, mode, buffer))
+
+
+def best_mode(chunk: Chunk) -> Mode:
+    """Return how a chunk, and others of its tensor, are best stored, by trying each way on it.
+
+    Parameters
+    ----------
+    chunk : Chunk
+        With a base; its mode does not matter.
+    """
+    data, kind, buffer, base, _ = chunk
+    if base is None or dense.part(data, kind, base) is None:
+        return WHOLE
+    if data.size < _TRY_SIZE_MIN:
+        expected = {m: coder.expected_size(_delta(data, kind, base, m, buffer).split) for m in _modes(chunk)}
+        expected[WHOLE] = coder.expected_size(planes.split(data, kind, buffer))
+        return min(expected, key=expected.__getitem__)
+    piece = chunk._replace(data=data[:_TRY_SIZE])
+    modes = _modes(piece)
+    whole = len(encode_all([piece._replace(base=None)])[0].payload)
+    splits = (_delta(piece.data, kind, base, mode, buffer).split for mode in modes)
+    sizes = [coder.stored_size(split) for split in splits]
+    least = min(sizes)
+    return modes[sizes.index(least)] if least <= (1 - _GAIN_MIN) * whole else WHOLE
+
+
+def _modes(chunk: Chunk) -> list[Mode]:
+    """Return the ways in which a difference may be taken."""
+    data, kind, _, base, _ = chunk
+    if base is None or not kind.is_float:
+        return [Mode(differences.INTEGER)]
+    scale = fit_scale(data, base.data[base.offset :], kind.itemsize) if not base.cast else 1.0
+    return [Mode(differences.SUB, scale), Mode(differences.RSUB, scale)]
+
+
+def fit_scale(data: U8, base: U8, itemsize: int) -> float:
+    """Return what a base is best multiplied by, so that it foresees the chunk; 1.0 if nothing is better.
+
+    What moments keep of themselves from one step to the next is a factor (0.999 of exp_avg_sq at each),
+    found here as one of the ratios that occur: a chunk's second moments, ten steps apart, are 0.50 of their
+    bytes instead of 0.57 (bench/codec.py).
+
+    Parameters
+    ----------
+    data, base : ndarray of uint8
+        Floats of `itemsize` bytes, 2 bytes being bfloat16; the base may be longer.
+
+    Examples
+    --------
+    >>> base = np.linspace(1, 2, 1000, dtype=np.float32)
+    >>> data = base * np.float32(0.9) + np.where(np.arange(1000) % 3, 0, base).astype(np.float32)
+    >>> round(fit_scale(data.view(np.uint8), base.view(np.uint8), 4), 4)
+    0.9
+    """
+    n = data.size // itemsize
+    if itemsize not in (2, 4, 8) or n < _N_SAMPLES:
+        return 1.0
+    at = np.linspace(0, n - 1, _N_SAMPLES).astype(np.int64)
+    with np.errstate(all="ignore"):
+        new, old = (_floats(a[: n * itemsize].reshape(n, itemsize)[at], itemsize) for a in (data, base))
+        ratios = (new / old).astype(np.float32)  # as it is stored: what is below 2 must stay below
+        ok = np.isfinite(ratios) & (ratios > differences.SCALE_MIN) & (ratios < differences.SCALE_MAX)
+        if np.count_nonzero(ok) < _N_SAMPLES // 2:
+            return 1.0
+        new, old, ratios = new[ok], old[ok], np.sort(ratios[ok])
+        picked = ratios[np.linspace(0, len(ratios) - 1, _N_SCALES + 2).astype(np.int64)[1:-1]]
+        scales = np.concatenate([[1.0], picked])
+        # Bits of the difference in units of the last place, on average.
+        mantissa = {2: 8, 4: 24, 8: 53}[itemsize]
+        bits = np.log2(np.abs(new - scales[:, None] * old) / np.abs(old) * 2.0**mantissa + 1).mean(axis=1)
+    best = int(np.argmin(bits))
+    return float(np.float32(scales[best])) if bits[best] < bits[0] - _SCALE_GAIN else 1.0
+
+
+def _floats(elements: U8, itemsize: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    flat = elements.ravel()
+    if itemsize == 2:
+        return (flat.view("<u2").astype("<u4") << np.uint32(16)).view("<f4").astype(np.float64)
+    return flat.view(f"<f{itemsize}").astype(np.float64)
+
+
+def choose(data: U8, kind: Kind, split: coder.Split) -> int:
+    """Return the number of the codec that should pay most on a whole chunk, given its planes.
+
+    Byte planes are judged by the entropy of each plane, lz4 by trying it on a sample: it wins where bytes
+    repeat in runs (masks, token ids, text), planes where exponents are few (weights, moments).
+    """
+    by_planes = coder.expected_size(split) / data.size if data.size else 1.0
+    by_lz4 = 1.0
+    if not planes.has_noise(split):
+        sample = _sample(data)
+        by_lz4 = len(lz4.encode(sample, kind)) / max(1, sample.size)
+    if min(by_planes, by_lz4) > 1 - _GAIN_MIN:
+        return raw.NUMBER
+    return lz4.NUMBER if by_lz4 < by_planes else planes.NUMBER
+
+
+def _sample(data: U8) -> U8:
+    if data.size <= 4 * _PIECE_SIZE:
+        return data
+    step = (data.size - _PIECE_SIZE) // 3
+    return np.concatenate([data[i * step : i * step + _PIECE_SIZE] for i in range(4)])

@@ -1,0 +1,115 @@
+"""Codec 4: where elements differ from the base's, and the differences of those alone, as byte planes.
+
+    map: u8 | cast: u8 | itemsize: u8 | n_tail: u8 | offset: u32 | n_changed: u32 | places_size: u32
+    | planes as in coder.py: the places, then the differences | tail
+
+With the top bit of `map` set the places are a bitmap, else gaps (differences.take).  Nothing changed: no
+planes, as where a tensor is the cast of another.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+import numpy as np
+
+from deltackpt import differences, kernels
+from deltackpt.codecs import coder
+from deltackpt.codecs.chunk import Base, Kind, Mode
+from deltackpt.codecs.dense import checked, compared, part
+from deltackpt.differences import Form
+from deltackpt.errors import CorruptError, InvalidInputError
+from deltackpt.scratch import Scratch
+from deltackpt.types import U8
+
+NUMBER = 4
+NAME = "delta-sparse"
+
+#: Above this share of changed elements the others are as well written down as differences of zero.
+SHARE_MAX = 0.5
+#: Above this share a bit for each element is shorter than a byte for each that changed.
+_BITMAP_SHARE = 0.15
+_BITMAP = 0x80
+_HEAD = struct.Struct("<BBBBIII")
+
+
+class _Local(threading.local):
+    """Where each thread packs what changed, and has it before it is put in place."""
+
+    def __init__(self) -> None:
+        self.packed = Scratch()
+        self.places = Scratch()
+
+
+_local = _Local()
+
+
+def n_changed(data: U8, kind: Kind, base: Base) -> int | None:
+    """Return how many whole elements differ from the base's; None if it is too short."""
+    old = part(data, kind, base)
+    if old is None:
+        return None
+    whole = data.size // kind.itemsize * kind.itemsize
+    return differences.count_changed(data[:whole], old, Form(kind.itemsize, 0, base.cast))
+
+
+def split(data: U8, kind: Kind, base: Base, mode: Mode, n_changed: int, buffer: U8) -> coder.Split:
+    """Split places and differences into `buffer`, given how many elements changed: at most half of them."""
+    itemsize = kind.itemsize
+    n = data.size // itemsize
+    whole = n * itemsize
+    form = Form(itemsize, mode.map or 0, base.cast)
+    old = part(data, kind, base)
+    if old is None:
+        raise InvalidInputError(f"base has {base.data.size} bytes, a chunk of {data.size} at {base.offset}")
+    bitmap = n_changed > _BITMAP_SHARE * n
+    places = _local.places.of((n + 7) // 8 if bitmap else n_changed + n // 255)
+    packed = _local.packed.of(n_changed * itemsize)
+    size = differences.take(data[:whole], old, form, bitmap=bitmap, places=places, packed=packed)
+    map_ = form.map | _BITMAP * bitmap
+    head = _HEAD.pack(map_, base.cast, itemsize, data.size - whole, base.offset, n_changed, size)
+    if not n_changed:
+        return coder.Split(head, [], [], data[whole:], buffer)
+    out = coder.body(buffer, _HEAD.size, 1 + itemsize)
+    out[:size] = places[:size]
+    planes = out[size : size + packed.size]
+    kernels.split_planes(packed, itemsize, False, planes)
+    parts, bits = coder.judged(planes, itemsize)
+    # The places are runs or gaps, never noise: zstd tells what they take.
+    return coder.Split(head, [out[:size], *parts], [coder.TRY, *bits], data[whole:], buffer)
+
+
+def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
+    """Return the payload; for as many changes as there are."""
+    changed = n_changed(data, kind, base) or 0
+    buffer = np.empty(coder.room(2 * data.size + 8), np.uint8)
+    return coder.encode_all([split(data, kind, base, mode, changed, buffer)])[0]
+
+
+def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
+    """Undo `encode`, given the base chunk's bytes."""
+    if payload.size < _HEAD.size:
+        raise CorruptError(f"payload has {payload.size} bytes, its header needs {_HEAD.size}")
+    map_, cast, found_itemsize, n_tail, offset, changed, size = _HEAD.unpack_from(payload)
+    n = out.size // itemsize
+    bitmap, form = bool(map_ & _BITMAP), checked(Form(itemsize, map_ & ~_BITMAP, cast))
+    fits = changed <= n and size <= ((n + 7) // 8 if bitmap else changed + n // 255) and (changed or not size)
+    if found_itemsize != itemsize or n_tail != out.size % itemsize or not fits:
+        raise CorruptError(
+            f"header {found_itemsize, n_tail, changed, size} does not fit {out.size} bytes of {itemsize}"
+        )
+    sizes = [size, *[changed] * itemsize] if changed else []
+    planes, tail = coder.decode(payload, _HEAD.size, sizes, n_tail)
+    places = _local.places.of(size)
+    packed = _local.packed.of(changed * itemsize)
+    if changed:
+        places[:] = 0 if planes[0] is None else planes[0]
+        split_up = np.empty(packed.size, np.uint8)
+        for k, plane in enumerate(planes[1:]):
+            split_up[k * changed : (k + 1) * changed] = 0 if plane is None else plane
+        kernels.join_planes(split_up, itemsize, False, packed)
+    old = compared(base, offset, n, form)
+    if not differences.put(old, form, bitmap=bitmap, places=places, packed=packed, out=out[: n * itemsize]):
+        raise CorruptError(f"{size} bytes of places do not name {changed} of {n} elements")
+    out[n * itemsize :] = tail

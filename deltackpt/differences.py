@@ -1,0 +1,395 @@
+"""Differences of a chunk to its base, element by element: compiled where it can be, NumPy elsewhere.
+
+Owns   the checks in front of the delta part of `_kernels.c`, and each kernel's NumPy twin (`*_ref`).
+Never  does I/O, decides what is a delta, or knows what a chunk is.
+
+An element becomes an integer that is near where the number is near (its *map*), the base's is subtracted,
+wrapping, and the result zigzagged, so that small steps of either sign are small numbers.  Integers only:
+NaN payloads, -0.0 and denormals come back as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from deltackpt import kernels
+from deltackpt.errors import InvalidInputError
+from deltackpt.types import U8
+
+_native = kernels.native()
+
+#: Maps: integers as they are; floats in the order of their values; floats with the sign beside the mantissa.
+INTEGER, SUB, RSUB = 0, 1, 2
+#: Casts: none, or the base's elements narrowed to the nearest, ties to even.
+NO_CAST, F32_BF16, F32_F16, F64_F32 = 0, 1, 2, 3
+#: (bytes of the base's element, bytes of the chunk's)
+CAST_WIDTHS = {F32_BF16: (4, 2), F32_F16: (4, 2), F64_F32: (8, 4)}
+#: A scale is between these: what is scaled stays far from infinity and from the denormals.
+SCALE_MIN, SCALE_MAX = 2.0**-6, 2.0
+_WIDTHS = (1, 2, 4, 8)
+
+
+class Form(NamedTuple):
+    """How a chunk's elements are compared with the base's.
+
+    Parameters
+    ----------
+    itemsize : {1, 2, 4, 8}
+        Bytes of the chunk's elements.
+    map : {INTEGER, SUB, RSUB}
+    cast : int
+        A key of `CAST_WIDTHS`, or NO_CAST.
+    scale : float
+        What the base's elements are multiplied by, a float32 between SCALE_MIN and SCALE_MAX, as floats of
+        their width (2 bytes as bfloat16): moments that decay are foreseen by it.  1.0: not at all.
+    """
+
+    itemsize: int
+    map: int
+    cast: int = NO_CAST
+    scale: float = 1.0
+
+    @property
+    def base_itemsize(self) -> int:
+        """Bytes of an element of the base."""
+        return CAST_WIDTHS[self.cast][0] if self.cast else self.itemsize
+
+    def check(self) -> None:
+        """Raise `InvalidInputError` unless all of it is in range."""
+        ok = self.itemsize in _WIDTHS and self.map in (INTEGER, SUB, RSUB)
+        if self.cast != NO_CAST:
+            ok = ok and self.cast in CAST_WIDTHS and CAST_WIDTHS[self.cast][1] == self.itemsize
+        if not ok or not SCALE_MIN < np.float32(self.scale) < SCALE_MAX:
+            raise InvalidInputError(f"difference: {self} is out of range")
+
+
+def split(data: U8, base: U8, form: Form, out: U8) -> None:
+    """Write the zigzagged differences into `out` as byte planes.
+
+    Parameters
+    ----------
+    data : ndarray of uint8, shape (n * form.itemsize,)
+    base : ndarray of uint8, shape (n * form.base_itemsize,)
+    form : Form
+    out : ndarray of uint8, shape of `data`
+        Plane k holds byte k of every difference, planes one after another; apart from the others.
+
+    Raises
+    ------
+    InvalidInputError
+        If sizes do not fit or `form` is out of range.
+
+    Examples
+    --------
+    >>> data, base = (np.array(x, "<f4").view(np.uint8) for x in ([1.0, 2.0], [1.0000001, 2.0]))
+    >>> out = np.empty(8, np.uint8)
+    >>> split(data, base, Form(4, SUB), out)
+    >>> out
+    array([1, 0, 0, 0, 0, 0, 0, 0], dtype=uint8)
+    """
+    _check(data, base, form, out)
+    if _native is None:
+        split_ref(data, base, form, out)
+    else:
+        _native.delta_split(data, base, out, form.itemsize, form.map, form.cast, form.scale)
+
+
+def split_ref(data: U8, base: U8, form: Form, out: U8) -> None:
+    """The NumPy twin of `split`."""
+    differences = _differences(data, base, form)
+    bytes_of = differences.view(np.uint8).reshape(-1, form.itemsize)
+    for k, plane in enumerate(out.reshape(form.itemsize, -1)):
+        plane[:] = bytes_of[:, k]
+
+
+def join(planes: Sequence[U8 | None], base: U8, form: Form, out: U8) -> None:
+    """Undo `split`: fill `out` from the planes of the differences, and the base.
+
+    Parameters
+    ----------
+    planes : sequence of ndarray of uint8 or None, each of shape (n,)
+        None: all zeros.
+    base, form, out
+        As of `split`, `out` being the chunk.
+
+    Raises
+    ------
+    InvalidInputError
+        If sizes do not fit or `form` is out of range.
+    """
+    _check(out, base, form, out[:0])
+    n = out.size // form.itemsize
+    if len(planes) != form.itemsize or any(p is not None and p.size != n for p in planes):
+        raise InvalidInputError(f"difference: {len(planes)} planes do not give {n} elements")
+    if _native is None:
+        join_ref(planes, base, form, out)
+    else:
+        _native.delta_join(tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale)
+
+
+def join_ref(planes: Sequence[U8 | None], base: U8, form: Form, out: U8) -> None:
+    """The NumPy twin of `join`."""
+    differences = np.zeros((out.size // form.itemsize, form.itemsize), np.uint8)
+    for k, plane in enumerate(planes):
+        if plane is not None:
+            differences[:, k] = plane
+    _apply(differences.reshape(-1).view(_uint(form.itemsize)), _prepared(base, form), form, out)
+
+
+def count_changed(data: U8, base: U8, form: Form) -> int:
+    """Return how many elements differ from the base's, cast but not scaled."""
+    _check(data, base, form, out=None)
+    if _native is None:
+        return count_changed_ref(data, base, form)
+    n: int = _native.count_changed(data, base, form.itemsize, form.cast)
+    return n
+
+
+def count_changed_ref(data: U8, base: U8, form: Form) -> int:
+    """The NumPy twin of `count_changed`."""
+    same = data.view(_uint(form.itemsize)) == _prepared(base, form._replace(scale=1.0))
+    return int(same.size - np.count_nonzero(same))
+
+
+def take(data: U8, base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8) -> int:
+    """Write the differences of the changed elements alone into `packed`, and where they are into `places`.
+
+    Parameters
+    ----------
+    data, base : ndarray of uint8
+        As of `split`.
+    form : Form
+        Its scale must be 1.0.
+    bitmap : bool
+        Places as one bit an element, the lowest bit first; else as one byte an element that changed, the
+        number of elements before it that did not, where 255 stands for 255 of them and goes on.
+    places : ndarray of uint8
+        Room for (n + 7) // 8 bytes, or for n_changed + n // 255.
+    packed : ndarray of uint8, shape (n_changed * form.itemsize,)
+
+    Returns
+    -------
+    int
+        Bytes of `places` that are used.
+
+    Raises
+    ------
+    InvalidInputError
+        If sizes do not fit, or `packed` is not exactly as large as it must be.
+
+    Examples
+    --------
+    >>> data, base = np.array([7, 7, 9, 7], np.uint8), np.full(4, 7, np.uint8)
+    >>> places, packed = np.empty(8, np.uint8), np.empty(1, np.uint8)
+    >>> take(data, base, Form(1, INTEGER), bitmap=False, places=places, packed=packed)
+    1
+    >>> places[:1].tolist(), packed.tolist()
+    ([2], [4])
+    """
+    _check(data, base, form, out=None)
+    if form.scale != 1.0:
+        raise InvalidInputError("difference: what is sparse is not scaled")
+    if _native is None:
+        return take_ref(data, base, form, bitmap=bitmap, places=places, packed=packed)
+    try:
+        n: int = _native.sparse_take(data, base, places, packed, form.itemsize, form.map, form.cast, bitmap)
+    except ValueError as e:
+        raise InvalidInputError(f"difference: {e}") from e
+    return n
+
+
+def take_ref(data: U8, base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8) -> int:
+    """The NumPy twin of `take`."""
+    differences = _differences(data, base, form)
+    changed = np.flatnonzero(differences)
+    if bitmap:
+        found = np.packbits(differences != 0, bitorder="little")
+    else:
+        gaps = np.diff(changed, prepend=-1) - 1
+        n_full = gaps // 255
+        ends = np.cumsum(n_full + 1)
+        found = np.full(int(ends[-1]) if len(ends) else 0, 255, np.uint8)
+        found[ends - 1] = gaps % 255
+    if packed.size != len(changed) * form.itemsize or found.size > places.size:
+        raise InvalidInputError(f"difference: {len(changed)} elements changed, there is room for others")
+    packed[:] = differences[changed].view(np.uint8)
+    places[: found.size] = found
+    return int(found.size)
+
+
+def put(base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8, out: U8) -> bool:
+    """Undo `take`: fill `out` from the base and the differences.
+
+    Returns
+    -------
+    bool
+        False if `places` are not as many as the differences, or lie outside; `out` is then of no use.
+    """
+    _check(out, base, form, out[:0])
+    if packed.size % form.itemsize or form.scale != 1.0:
+        raise InvalidInputError("difference: packed elements are cut, or scaled")
+    if _native is None:
+        return put_ref(base, form, bitmap=bitmap, places=places, packed=packed, out=out)
+    ok: bool = _native.sparse_put(base, out, places, packed, form.itemsize, form.map, form.cast, bitmap)
+    return ok
+
+
+def put_ref(base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8, out: U8) -> bool:
+    """The NumPy twin of `put`."""
+    n = out.size // form.itemsize
+    if bitmap:
+        if places.size != (n + 7) // 8:
+            return False
+        at = np.flatnonzero(np.unpackbits(places, bitorder="little"))
+    else:
+        steps = places.astype(np.int64)
+        ends = np.flatnonzero(places != 255)
+        at = np.cumsum(steps)[ends] + np.arange(len(ends))
+    if len(at) != packed.size // form.itemsize or (len(at) and int(at[-1]) >= n):
+        return False
+    differences = np.zeros(n, _uint(form.itemsize))
+    differences[at] = packed.view(differences.dtype)
+    _apply(differences, _prepared(base, form), form, out)
+    return True
+
+
+def cast(data: U8, number: int) -> U8:
+    """Return elements narrowed, as bytes.
+
+    Examples
+    --------
+    >>> cast(np.array([1.0, 1.004], "<f4").view(np.uint8), F32_BF16).view("<u2").tolist()
+    [16256, 16257]
+    """
+    wide, narrow = CAST_WIDTHS[number]
+    out = np.empty(data.size // wide * narrow, np.uint8)
+    join([None] * narrow, data, Form(narrow, INTEGER, number), out)
+    return out
+
+
+# ---- the arithmetic, in NumPy ----
+
+
+def _uint(itemsize: int) -> np.dtype[Any]:
+    return np.dtype(f"<u{itemsize}")
+
+
+def _differences(data: U8, base: U8, form: Form) -> npt.NDArray[Any]:
+    d = _mapped(data.view(_uint(form.itemsize)), form.map) - _mapped(_prepared(base, form), form.map)
+    zigzagged: npt.NDArray[Any] = (d << d.dtype.type(1)) ^ _spread_sign(d)
+    return zigzagged
+
+
+def _apply(differences: npt.NDArray[Any], prepared: npt.NDArray[Any], form: Form, out: U8) -> None:
+    one = differences.dtype.type(1)
+    steps = (differences >> one) ^ (~(differences & one) + one)
+    out.view(differences.dtype)[:] = _unmapped(_mapped(prepared, form.map) + steps, form.map)
+
+
+def _spread_sign(v: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """All ones where the top bit is set, else zeros."""
+    return (v.view(f"<i{v.itemsize}") >> (8 * v.itemsize - 1)).view(v.dtype)
+
+
+def _mapped(v: npt.NDArray[Any], map_: int) -> npt.NDArray[Any]:
+    one, top = v.dtype.type(1), v.dtype.type(8 * v.itemsize - 1)
+    if map_ == SUB:
+        v = v ^ (_spread_sign(v) | (one << top))
+    elif map_ == RSUB:
+        v = (v << one) | (v >> top)
+    return v
+
+
+def _unmapped(v: npt.NDArray[Any], map_: int) -> npt.NDArray[Any]:
+    one, top = v.dtype.type(1), v.dtype.type(8 * v.itemsize - 1)
+    if map_ == SUB:
+        v = v ^ (~_spread_sign(v) | (one << top))
+    elif map_ == RSUB:
+        v = (v >> one) | (v << top)
+    return v
+
+
+def _prepared(base: U8, form: Form) -> npt.NDArray[Any]:
+    """The base's elements, cast and scaled."""
+    v = base.view(_uint(form.base_itemsize))
+    if form.cast == F32_BF16:
+        v = _bf16_of(v)
+    elif form.cast == F32_F16:
+        v = _narrowed(v.astype("<u8"), (8, 23), (5, 10)).astype("<u2")
+    elif form.cast == F64_F32:
+        v = _narrowed(v, (11, 52), (8, 23)).astype("<u4")
+    if form.scale == 1.0:
+        return v
+    if form.itemsize == 2:
+        return _bf16_of(_scaled(v.astype("<u4") << np.uint32(16), form.scale))
+    return _scaled(v, form.scale) if form.itemsize in (4, 8) else v
+
+
+def _bf16_of(v: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    rounded = (v + np.uint32(0x7FFF) + ((v >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    is_nan = (v & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, np.uint32(0x7FC0), rounded).astype("<u2")
+
+
+def _scaled(v: npt.NDArray[Any], scale: float) -> npt.NDArray[Any]:
+    """v * scale rounded to nearest, by integers alone, where both are far from denormals and infinity."""
+    mantissa, exponent_max = (23, 255) if v.itemsize == 4 else (52, 2047)
+    u = np.uint64
+    x, bits = v.astype(u), int(np.float32(scale).view("<u4"))
+    exponent = (x >> u(mantissa)) & u(exponent_max)
+    man, by = (x & u((1 << mantissa) - 1)) | u(1 << mantissa), u(bits & 0x7FFFFF | 0x800000)
+    # The product has up to 77 bits: in two parts of 32 and the rest.
+    low, high = (man & u(0xFFFFFFFF)) * by, (man >> u(32)) * by
+    high, low = high + (low >> u(32)), low & u(0xFFFFFFFF)
+    up = (high >> u(15 if v.itemsize == 4 else 44)) & u(1)
+    shift = u(23) + up
+    quotient = (high << (u(32) - shift)) | (low >> shift)
+    rest, half = low & ((u(1) << shift) - u(1)), u(1) << (shift - u(1))
+    quotient = quotient + ((rest > half) | ((rest == half) & ((quotient & u(1)) == u(1))))
+    product = ((exponent + u(bits >> 23) - u(128) + up) << u(mantissa)) + quotient
+    product = product | (x & u(1 << (8 * v.itemsize - 1)))
+    is_far = (exponent >= 9) & (exponent < exponent_max - 1)
+    return np.where(is_far, product, x).astype(v.dtype)
+
+
+def _narrowed(v: npt.NDArray[Any], source: tuple[int, int], target: tuple[int, int]) -> npt.NDArray[Any]:
+    """Floats as uint64, given by bits of exponent and mantissa, narrowed to the nearest, ties to even.
+
+    By integers alone, so that no rounding mode and no flushing of denormals matters.  Every NaN becomes the
+    quiet positive one.
+    """
+    (exp_in, man_in), (exp_out, man_out) = source, target
+    one = np.uint64(1)
+    sign = v >> np.uint64(exp_in + man_in)
+    man = v & ((one << np.uint64(man_in)) - one)
+    exp = ((v >> np.uint64(man_in)) & ((one << np.uint64(exp_in)) - one)).astype(np.int64)
+    top_in, top_out = (1 << exp_in) - 1, (1 << exp_out) - 1
+    is_nan, is_inf = (exp == top_in) & (man != 0), (exp == top_in) & (man == 0)
+    man = np.where(exp > 0, man | (one << np.uint64(man_in)), man)
+    exp = np.maximum(exp, 1) + ((1 << (exp_out - 1)) - (1 << (exp_in - 1)))
+    low = np.maximum(1 - exp, 0)
+    shift = np.minimum(man_in - man_out + low, man_in + 2).astype(np.uint64)
+    exp = np.maximum(exp, 1)
+    half = one << (shift - one)
+    rest, out = man & ((half << one) - one), man >> shift
+    out = out + ((rest > half) | ((rest == half) & ((out & one) == one))).astype(np.uint64)
+    out = out + ((exp - 1).astype(np.uint64) << np.uint64(man_out))
+    infinity = np.uint64(top_out << man_out)
+    out = np.where(is_inf, infinity, np.minimum(out, infinity))
+    quiet = infinity | (one << np.uint64(man_out - 1))
+    return np.where(is_nan, quiet, out | (sign << np.uint64(exp_out + man_out)))
+
+
+def _check(data: U8, base: U8, form: Form, out: U8 | None) -> None:
+    form.check()
+    n = data.size // form.itemsize
+    if data.size % form.itemsize or base.size != n * form.base_itemsize:
+        raise InvalidInputError(f"difference: {data.size} bytes against {base.size}, as {form}")
+    if out is not None and out.size and out.size != data.size:
+        raise InvalidInputError(f"difference: {out.size} bytes for {data.size}")
+    for array in (data, base):
+        kernels.check_bytes("difference", array)

@@ -151,13 +151,24 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltackpt-bench"
 
 
-def cached(at: Path, regime: str, title: str, variant: str, train: Callable[[], Iterable[Save]]) -> Series:
+#: The modules that say what is trained.
+SOURCES = ("models.py", "states.py")
+
+
+def cached(
+    at: Path,
+    regime: str,
+    title: str,
+    variant: str,
+    train: Callable[[], Iterable[Save]],
+    modules: tuple[str, ...] = SOURCES,
+) -> Series:
     """Return the series from the cache, which is filled by `train` if it is not there.
 
     The folder's name holds what the bytes depend on: regime, variant, Python, torch and the bench's own
-    sources.
+    modules.
     """
-    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("models.py", "states.py"))
+    sources = b"".join((Path(__file__).parent / name).read_bytes() for name in modules)
     made_by = f"{sys.version}{torch.__version__}".encode() + sources
     folder = at / f"{regime}-{variant}-{hashlib.sha256(made_by).hexdigest()[:12]}"
     if not folder.exists():

@@ -9,19 +9,23 @@ Never  asserts anything; tests/test_kernels.py says whether the two agree.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deltackpt import kernels
+from deltackpt import differences, kernels
 from deltackpt.chunking import Chunker
+from deltackpt.differences import SUB, Form
 from deltackpt.types import U8
 
 CHUNK_SIZE = 256 << 10
+#: Of the elements changed, as in bf16 weights of a fine-tune.
+SPARSE_SHARE = 0.05
 
 
 def noise(size: int) -> U8:
@@ -50,6 +54,68 @@ def entropy_pass(data: U8, itemsize: int, entropy: Callable[..., Any]) -> None:
         entropy(data[start : start + plane_size])
 
 
+class Delta(NamedTuple):
+    """A chunk, its base, and where and by what they differ."""
+
+    chunk: U8
+    base: U8
+    places: U8
+    packed: U8
+
+
+@functools.lru_cache(1)  # made while warming up: no pass is timed while it makes its input
+def deltas(size: int, itemsize: int, share: float) -> list[Delta]:
+    """Chunks of which about `share` of the elements are a step away from the base's."""
+    data = noise(size)
+    base = data.copy()
+    base.view(f"<u{itemsize}")[np.random.default_rng(1).random(size // itemsize) < share] += 1
+    made = []
+    for start in range(0, size, CHUNK_SIZE):
+        chunk, old = (a[start : start + CHUNK_SIZE] for a in (data, base))
+        n_changed = differences.count_changed(chunk, old, Form(itemsize, SUB))
+        places, packed = np.empty(chunk.size, np.uint8), np.empty(n_changed * itemsize, np.uint8)
+        n = differences.take(chunk, old, Form(itemsize, SUB), bitmap=False, places=places, packed=packed)
+        made.append(Delta(chunk, old, places[:n].copy(), packed))
+    return made
+
+
+def delta_split_pass(data: U8, itemsize: int, split: Callable[..., Any]) -> None:
+    out = np.empty(CHUNK_SIZE, np.uint8)
+    for d in deltas(data.size, itemsize, SPARSE_SHARE):
+        split(d.chunk, d.base, Form(itemsize, SUB), out[: d.chunk.size])
+
+
+def delta_join_pass(data: U8, itemsize: int, join: Callable[..., Any]) -> None:
+    out = np.empty(CHUNK_SIZE, np.uint8)
+    for d in deltas(data.size, itemsize, SPARSE_SHARE):
+        planes = list(d.chunk.reshape(itemsize, -1))  # any bytes are planes
+        join(planes, d.base, Form(itemsize, SUB), out[: d.chunk.size])
+
+
+def count_pass(data: U8, itemsize: int, count: Callable[..., Any]) -> None:
+    for d in deltas(data.size, itemsize, SPARSE_SHARE):
+        count(d.chunk, d.base, Form(itemsize, SUB))
+
+
+def take_pass(data: U8, itemsize: int, take: Callable[..., Any]) -> None:
+    places = np.empty(CHUNK_SIZE, np.uint8)
+    for d in deltas(data.size, itemsize, SPARSE_SHARE):
+        take(d.chunk, d.base, Form(itemsize, SUB), bitmap=False, places=places, packed=d.packed)
+
+
+def put_pass(data: U8, itemsize: int, put: Callable[..., Any]) -> None:
+    out = np.empty(CHUNK_SIZE, np.uint8)
+    for d in deltas(data.size, itemsize, SPARSE_SHARE):
+        put(
+            d.base,
+            Form(itemsize, SUB),
+            bitmap=False,
+            places=d.places,
+            packed=d.packed,
+            out=out[: d.chunk.size],
+        )
+
+
 #: Name, one pass over the data, its width, the dispatching function, its twin.
 CASES: list[
     tuple[str, Callable[[U8, int, Callable[..., Any]], None], int, Callable[..., Any], Callable[..., Any]]
@@ -57,6 +123,11 @@ CASES: list[
     *(("cut", cut_pass, align, kernels.cut, kernels.cut_ref) for align in (2, 4, 8)),
     *(("split_planes", split_pass, w, kernels.split_planes, kernels.split_planes_ref) for w in (1, 2, 4, 8)),
     *(("join_planes", join_pass, w, kernels.join_planes, kernels.join_planes_ref) for w in (1, 2, 4, 8)),
+    *(("delta split", delta_split_pass, w, differences.split, differences.split_ref) for w in (2, 4, 8)),
+    *(("delta join", delta_join_pass, w, differences.join, differences.join_ref) for w in (2, 4, 8)),
+    *(("count", count_pass, w, differences.count_changed, differences.count_changed_ref) for w in (2, 4)),
+    *(("sparse take", take_pass, w, differences.take, differences.take_ref) for w in (2, 4)),
+    *(("sparse put", put_pass, w, differences.put, differences.put_ref) for w in (2, 4)),
     ("entropy", entropy_pass, 4, kernels.entropy, kernels.entropy_ref),
 ]
 

@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from cache import SavedState, Series, Tensors, flatten
 from meter import measured, memory, tree_size
-from peers import PEERS, Given, Peer
+from peers import PEERS, Deltackpt, Given, Peer
 
 # Forks from a process that has imported torch and done nothing yet: fresh, without paying for the imports.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "safetensors.torch", "deltackpt.delta"])
+
+#: How often the slowest step is restored.
+N_DEEP = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Measurement:
         includes the state that it brings back.
     lossless : bool
         Whether every bit of the last state came back.
+    deep_restore : list of float
+        Of deltackpt: seconds to restore the slowest step, to those of the same state saved alone.
     """
 
     save_s: list[float]
@@ -51,6 +56,7 @@ class Measurement:
     save_memory_size: int
     restore_memory_size: int
     lossless: bool
+    deep_restore: list[float]
 
 
 def measure(peer: str, series: Series, at: Path) -> Measurement:
@@ -66,9 +72,10 @@ def measure(peer: str, series: Series, at: Path) -> Measurement:
         at.mkdir(parents=True)
         save_s, stored_size, save_memory_size = in_fresh_process(save_all, peer, series, at)
         restore_s, restore_memory_size, lossless = in_fresh_process(restore_last, peer, series, at)
+        deep = in_fresh_process(deep_restore, peer, series, at) if PEERS[peer] is Deltackpt else []
     finally:
         shutil.rmtree(at, ignore_errors=True)
-    return Measurement(save_s, stored_size, restore_s, save_memory_size, restore_memory_size, lossless)
+    return Measurement(save_s, stored_size, restore_s, save_memory_size, restore_memory_size, lossless, deep)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -110,6 +117,25 @@ def restore_last(name: str, series: Series, at: Path) -> tuple[float, int, bool]
         state = peer.restore(series.saves)
     extra_size = max(cost.peak_size - own_size, peer.tool_peak_size)
     return cost.seconds, extra_size, is_same(flatten(state)[0], series.saves[-1].tensors())
+
+
+def deep_restore(name: str, series: Series, at: Path) -> list[float]:
+    """The slowest step, which is the deepest, and the same state in a store of its own, in turns."""
+    peer, alone, saves = PEERS[name](at), PEERS[name](at / "alone"), series.saves
+
+    def restore_s(peer: Peer, saves: list[SavedState]) -> float:
+        with measured() as cost:
+            peer.restore(saves)
+        return cost.seconds
+
+    restore_s(peer, saves)  # what only the first pays
+    least_s = [min(restore_s(peer, saves[: i + 1]) for _ in range(2)) for i in range(len(saves))]
+    slowest = saves[: least_s.index(max(least_s)) + 1]
+    alone.at.mkdir()
+    alone.prepare()
+    alone.save(given_to(alone, slowest[-1], {}))
+    os.sync()
+    return [restore_s(peer, slowest) / restore_s(alone, slowest) for _ in range(N_DEEP)]
 
 
 def is_same(found: Tensors, expected: Tensors) -> bool:

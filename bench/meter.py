@@ -1,19 +1,27 @@
-"""What a piece of work costs: seconds by the wall clock, and memory beyond what was there.
+"""What a piece of work costs: seconds by the wall clock or of a core, and memory beyond what was there.
 
-Owns   the clock, the reading of /proc (Linux), and running a program while watching its memory.
+Owns   the clocks, the reading of /proc (Linux), running a program while watching its memory, and what is
+       said of the machine and of repeats.
 Never  knows what the work is.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import resource
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from deltackpt import kernels
 
 POLL_S = 0.002
 
@@ -35,6 +43,36 @@ def measured() -> Iterator[Cost]:
     yield cost
     cost.seconds = time.perf_counter() - start
     cost.peak_size = memory("self", "VmHWM")
+
+
+def core_s(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU time of the work, of all its threads and of programs it runs, and its result."""
+    start = _core_s()
+    result = work()
+    return _core_s() - start, result
+
+
+def _core_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def say(line: str) -> None:
+    """How far a run is; not part of its results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, and no name."""
+    return {
+        "n_cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "kernels": kernels.describe(),
+    }
 
 
 def memory(pid: int | str, field: str) -> int:

@@ -41,28 +41,21 @@ class Given:
         return f"{self.run}-{self.step}"
 
 
-class Peer(ABC):
-    """A tool with a store of its own under `at`.
+class Tool(ABC):
+    """A library or a program that may be there.
 
     Attributes
     ----------
     name, install : str
         What it is called, and the command that installs it.
-    takes_files : bool
-        Whether it is given a safetensors file rather than tensors in memory.
     module, program : str
         What must be there for it to run.
     """
 
     name: ClassVar[str]
     install: ClassVar[str]
-    takes_files: ClassVar[bool] = False
     module: ClassVar[str] = ""
     program: ClassVar[str] = ""
-
-    def __init__(self, at: Path):
-        self.at, self.store = at, at / "store"
-        self.tool_peak_size = 0
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -75,11 +68,37 @@ class Peer(ABC):
         if not cls.program:
             return importlib.metadata.version(cls.module)
         done = subprocess.run([cls.program, *cls.version_arguments()], capture_output=True, text=True)
-        return next(word for word in done.stdout.split() if word[0].isdigit())
+        return next(word.strip("v,") for word in done.stdout.split() if word.strip("v,")[:1].isdigit())
 
     @classmethod
     def version_arguments(cls) -> list[str]:
         return ["--version"]
+
+    @classmethod
+    def about(cls) -> dict[str, Any]:
+        """Whether it is installed, what installs it, and which version is there."""
+        installed = cls.is_installed()
+        return {
+            "installed": installed,
+            "install": cls.install,
+            "version": cls.version() if installed else None,
+        }
+
+
+class Peer(Tool):
+    """A tool that keeps checkpoints, with a store of its own under `at`.
+
+    Attributes
+    ----------
+    takes_files : bool
+        Whether it is given a safetensors file rather than tensors in memory.
+    """
+
+    takes_files: ClassVar[bool] = False
+
+    def __init__(self, at: Path):
+        self.at, self.store = at, at / "store"
+        self.tool_peak_size = 0
 
     def prepare(self) -> None:
         """Make an empty store; not timed."""

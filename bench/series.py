@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import bounds
 import plots
 import tables
 from cache import Series, default_cache
 from measure import Measurement, measure
+from meter import machine, say, spread
 from peers import PEERS
 from rich.console import Console
 from states import REGIMES, SIZES, series
-
-from deltackpt import kernels
 
 #: Seconds. A tool that takes longer to save a series is measured once: it is slower by more than any noise.
 SLOW_S = 30
@@ -55,6 +53,7 @@ def measure_in_turns(peers: list[str], training: Series, repeats: int, at: Path)
 
 def summary(taken: list[Measurement]) -> dict[str, Any]:
     """The spread over the repeats; bytes after each save are those of the first repeat."""
+    deep = [ratio for m in taken for ratio in m.deep_restore]
     return {
         "repeats": len(taken),
         "stored_size": spread([m.stored_size[-1] for m in taken]),
@@ -65,38 +64,17 @@ def summary(taken: list[Measurement]) -> dict[str, Any]:
         "stored_sizes": taken[0].stored_size,
         "each_save_s": [statistics.median(times) for times in zip(*(m.save_s for m in taken), strict=True)],
         "lossless": all(m.lossless for m in taken),
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def about_peer(name: str) -> dict[str, Any]:
-    kind = PEERS[name]
-    installed = kind.is_installed()
-    return {
-        "installed": installed,
-        "install": kind.install,
-        "version": kind.version() if installed else None,
+        **({"deep_restore": spread(deep)} if deep else {}),
     }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    peers = {name: about_peer(name) for name in options.peers}
+    peers = {name: PEERS[name].about() for name in options.peers}
     results: dict[str, Any] = {
         "size": options.size,
         "seed": options.seed,
         "repeats": options.repeats,
-        "machine": {
-            "n_cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "kernels": kernels.describe(),
-        },
+        "machine": machine(),
         "peers": peers,
         "regimes": {},
     }
@@ -134,14 +112,16 @@ def main() -> None:
         results = json.loads(options.from_json.read_text())
     else:
         results = run(options)
+    checks = bounds.checks(results)
     if options.markdown:
-        options.markdown.write_text(tables.markdown(results))
+        options.markdown.write_text(tables.markdown(results) + bounds.markdown(checks))
     if options.plots:
         plots.draw_all(results, options.plots)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(tables.terminal(results))
     for line in [*tables.failures(results), *tables.losses(results)]:
         console.print(line, highlight=False, markup=False)
+    console.print(bounds.terminal(checks))
 
 
 if __name__ == "__main__":

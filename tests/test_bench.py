@@ -1,4 +1,4 @@
-"""The benchmark of series trains, measures every cell, and tells a lossless tool from another."""
+"""The benchmarks train, measure every cell, tell a lossless tool from another, and which bounds are kept."""
 
 from __future__ import annotations
 
@@ -157,6 +157,146 @@ def test_every_figure_in_which_a_peer_is_better_is_said():
         "seconds saving, all saves of the series, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
         "seconds restoring the last save, r: deltackpt 10 s; b 9 s (0.9 of it, spreads overlap)",
     ]
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_slow_codec_is_better_than_a_slower_one_and_a_part_of_deltackpt_is_no_peer():
+    from tables import losses
+
+    def figures(ratio: float, speed: float) -> dict[str, Any]:
+        spread = {"median": speed, "min": speed - 0.1, "max": speed + 0.1}
+        exact = {"median": ratio, "min": ratio, "max": ratio}
+        return {"ratio": exact, "encode_gb_s": spread, "decode_gb_s": spread, "lossless": True}
+
+    peers = {"deltackpt": figures(0.5, 1.0), "whole": figures(0.4, 2.0), "a": figures(0.6, 1.5)}
+    about = {peer: {"is_part": peer != "a"} for peer in peers}
+    assert losses({"peers": about, "cases": {"c": {"peers": peers}}}) == [
+        "encoding, GB/s of a core, c: deltackpt 1.00; a 1.50 (1.5 of it)",
+        "decoding, GB/s of a core, c: deltackpt 1.00; a 1.50 (1.5 of it)",
+    ]
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def test_the_slowest_step_is_restored_against_the_same_state_alone(results: dict[str, Any]):
+    for regime in REGIMES:
+        peers = results["regimes"][regime]["peers"]
+        assert peers["deltackpt"]["deep_restore"]["median"] > 0
+        assert "deep_restore" not in peers["safetensors"]
+
+
+@pytest.mark.usefixtures("bench")
+def test_bounds_are_kept_or_not_or_not_measured():
+    from bounds import checks
+    from peers import PEERS as ALL
+
+    def figures(stored: float, seconds: float) -> dict[str, Any]:
+        return {"stored_size": {"median": stored}, "save_s": {"median": seconds}, "lossless": True}
+
+    ours = figures(97, 2) | {"deep_restore": {"median": 2.1}}
+    peers = {peer: figures(200, 4) for peer in ALL}
+    peers |= {"deltackpt": ours, "z4ai": figures(100, 8), "restic": {"failed": "no"}}
+    peers["borg"] = figures(1, 1) | {"lossless": False}
+
+    def told(peers: dict[str, Any]) -> dict[str, tuple[float | None, bool | None]]:
+        checked = checks({"regimes": {"scratch-1": {"peers": peers}}})
+        return {c.bound.name.removeprefix("scratch-1: "): (c.measured, c.is_kept) for c in checked}
+
+    found = told(peers)
+    expected = {
+        "bytes, to the best of all others": (0.97, True),
+        "saving, to writing every step raw with fsync (safetensors)": (0.5, True),
+        "saving, times faster than z4ai": (4, False),
+        "restoring the slowest step, to the same saved alone": (2.1, False),
+    }
+    assert {name: figures for name, figures in found.items() if figures[0] is not None} == expected
+    assert len(found) > 30
+    assert all(is_kept is None for measured, is_kept in found.values() if measured is None)
+    # Who was not asked could have been better.
+    peers.pop("z4ai")
+    assert told(peers)["bytes, to the best of all others"] == (None, None)
+
+
+@pytest.mark.usefixtures("bench")
+def test_every_bound_is_of_a_regime_or_a_case_that_is():
+    import bounds
+    from pairs import CASES
+    from states import REGIMES as ALL
+
+    assert set(bounds.STORED_MAX) == set(ALL)
+    assert {*bounds.DEDUP_MAX, *bounds.DENSE, bounds.FROZEN} <= set(ALL)
+    assert set(bounds.RATIO_MAX) <= set(CASES)
+
+
+# ---------------------------------------------------------------- codecs
+
+TRAINING = "bf16-1e-5"
+
+
+@pytest.fixture(scope="module")
+def coded(at: Path) -> dict[str, Any]:
+    """The results of all codecs that are there, on two classes."""
+    arguments = ["--cases", f"{TRAINING}-*-10", "--repeats", 1, "--cache", at / "cache"]
+    arguments += ["--json", at / "codec.json", "--markdown", at / "codec.md"]
+    (at / "codec.out").write_text(run_bench("codec.py", *arguments, PATH=str(at)))
+    return json.loads((at / "codec.json").read_text())
+
+
+def test_every_codec_brings_back_every_bit_of_every_class(coded: dict[str, Any]):
+    assert list(coded["cases"]) == [f"{TRAINING}-weights-10", f"{TRAINING}-master-10"]
+    ready = [peer for peer, facts in coded["peers"].items() if facts["installed"]]
+    assert {"deltackpt", "whole", "sub", "rsub", "zstd -3"} <= set(ready)
+    for case in coded["cases"].values():
+        assert case["raw_size"] > 900_000
+        assert list(case["peers"]) == ready
+        for cell in case["peers"].values():
+            assert cell["lossless"] is True
+            assert cell["encode_gb_s"]["median"] > 0 < cell["decode_gb_s"]["median"]
+
+
+def test_a_codec_that_is_not_installed_stays_in_the_table(at: Path, coded: dict[str, Any]):
+    assert coded["peers"]["zstd --patch-from"]["installed"] is False
+    for name in ("codec.md", "codec.out"):
+        assert "zstd --patch-from: not installed, apt-get install zstd" in (at / name).read_text()
+
+
+def test_a_delta_is_smaller_than_a_whole_chunk_and_the_choice_than_its_parts(coded: dict[str, Any]):
+    weights, master = coded["cases"].values()
+    assert (weights["dtype"], master["dtype"]) == ("bfloat16", "float32")
+    assert 0.2 < weights["changed"] < 0.6 < 0.99 < master["changed"]
+    for case in coded["cases"].values():
+        ratio = {peer: cell["ratio"]["median"] for peer, cell in case["peers"].items()}
+        parts = [ratio[name] for name in ("whole", "sub", "rsub")]
+        ours = case["peers"]["deltackpt"]
+        assert ratio["sub"] < 0.8 * ratio["whole"] < ratio["zstd -3"]
+        assert ratio["deltackpt"] < 1.01 * min(parts)
+        assert -1e-9 < ours["over_oracle"] < 0.01
+        assert abs(sum(ours["taken"].values()) - 1) < 1e-9
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_codec_that_changes_one_bit_is_found(tmp_path: Path):
+    from codec import measure
+    from coders import Zstd
+    from pairs import Pair
+
+    class Wrong(Zstd):
+        def decode(self, payloads: bytes) -> bytes:
+            return bytes([1]) + super().decode(payloads)[1:]
+
+    given = Pair("c", "", {"w": torch.zeros(100)}, {"w": torch.zeros(100)})
+    assert measure(Zstd(given, tmp_path), 1)[0]["lossless"] is True
+    assert measure(Wrong(given, tmp_path), 1)[0]["lossless"] is False
+
+
+@pytest.mark.usefixtures("bench")
+def test_floats_as_integers_keep_their_order():
+    import numpy as np
+    from coders import ordered
+
+    floats = np.array([-np.inf, -1.5, -1e-40, -0.0, 0.0, 1e-40, 1.5, np.inf], "<f4")
+    assert (np.diff(ordered(floats.view(np.uint8), 4).astype(np.int64)) > 0).all()
 
 
 @pytest.mark.usefixtures("bench")

@@ -225,7 +225,8 @@ class _Gc:
         """Plan, rewrite, and condemn what is dead then; return the cycle, None if there is nothing to do."""
         seen = self._look()
         try:
-            if whole := rebase.plan(seen.links()).whole:
+            # Only while nobody else is at work: beside others a base was once lost, why is not known yet.
+            if not self._store.sessions() and (whole := rebase.plan(seen.links()).whole):
                 self._rebase(seen, whole)
                 seen = self._look()
             chosen = self._measure(seen)

@@ -170,6 +170,10 @@ def collect(
     return _Gc(store, GcResult(dry_run), force=force, patience_s=patience_s).run()
 
 
+class _OvertakenError(Exception):
+    """Another gc did meanwhile what makes this one's view out of date: it looks again."""
+
+
 class _Gc:
     """One call of `collect`."""
 
@@ -190,16 +194,23 @@ class _Gc:
         self._store.prepare_to_write()
         self._reap()
         self._forget_superseded()
-        # What others began comes first: a cycle may be condemned only when those before it are swept.
-        while (cycle := self._unfinished()) is not None:
-            if not self._finish(cycle):
-                break
-        else:
-            cycle = self._begin()
-            if cycle is not None:
-                self._finish(cycle)
+        while self._goes_on():
+            pass
         self._tidy()
         return self._result
+
+    def _goes_on(self) -> bool:
+        """Finish what others began, or else begin a cycle; return whether there may be more to do."""
+        cycle = self._unfinished()
+        if cycle is not None:
+            return self._finish(cycle)
+        try:
+            cycle = self._begin()
+        except _OvertakenError:
+            return True
+        if cycle is not None:
+            self._finish(cycle)
+        return False
 
     def _finish(self, cycle: int) -> bool:
         """Sweep and delete what a cycle condemned; False while it waits for a session."""
@@ -223,25 +234,24 @@ class _Gc:
 
     def _begin(self) -> int | None:
         """Plan, rewrite, and condemn what is dead then; return the cycle, None if there is nothing to do."""
-        seen = self._look()
+        seen = self._settled()
         try:
-            # Only while nobody else is at work: beside others a base was once lost, why is not known yet.
-            if not self._store.sessions() and (whole := rebase.plan(seen.links()).whole):
+            if whole := rebase.plan(seen.links()).whole:
                 self._rebase(seen, whole)
-                seen = self._look()
+                seen = self._settled()
             chosen = self._measure(seen)
             if not (chosen.dead or chosen.repack):
                 return None
             victims = frozenset(chosen.repack)
             if victims:
                 self._repack(seen, victims)
-        except NotFoundError:
+        except NotFoundError as e:
             if set(seen.packs) <= {PackName.from_key(key) for key in self._backend.names("packs/")}:
                 raise
-            return self._begin()  # another gc has moved and deleted meanwhile what was to be moved here
+            raise _OvertakenError from e  # moved and deleted meanwhile
         dead = set(chosen.dead)
         if victims:
-            seen = self._look()
+            seen = self._settled()
             dead = {name for name, use in seen.use(avoid=victims).items() if not use.live_size}
         if not dead:
             return None
@@ -249,6 +259,23 @@ class _Gc:
         self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
         self._backend.barrier("gc")
         return seen.n_cycles
+
+    def _settled(self) -> Liveness:
+        """Look, and begin nothing on what is seen while another gc's cycle is unfinished.
+
+        Two unfinished cycles could condemn a chain each in part, and each find the rest of it gone: so a
+        cycle is condemned only by one who has seen the sweep record of the one before.
+        """
+        seen = self._look()
+        if not seen.is_settled:
+            raise _OvertakenError
+        try:
+            seen.check_uncondemned()
+        except CorruptError as e:
+            if self._store.gc_state()[0] != seen.n_cycles:
+                raise _OvertakenError from e
+            raise
+        return seen
 
     def _look(self) -> Liveness:
         # Before the listing: a gc beside this one may list more, later, and say so.

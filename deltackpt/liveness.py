@@ -78,7 +78,10 @@ class Liveness:
     """
 
     def __init__(self, store: Store) -> None:
+        records = set(store.backend.names("gc/"))
         self.n_cycles, self._condemned = store.gc_state()
+        #: Whether no cycle was unfinished: of one that is, it is not known yet what it will spare.
+        self.is_settled = not self.n_cycles or f"gc/sweep-{self.n_cycles - 1}" in records
         self.packs: dict[PackName, int] = {}
         for entry in store.backend.list("packs/"):
             name = PackName.from_key(entry.name)
@@ -199,16 +202,30 @@ class Liveness:
     def check_whole(self) -> None:
         """Refuse to go on when a live chunk cannot be there at all: deleting would make it worse."""
         there = np.array([name in self.packs for name in self._rows.packs], np.bool_)
-        have = np.zeros(self._n_chunks, np.bool_)
-        if len(self._rows.rows):
-            have[self._chunk[self._usable(there[self._rows.rows["pack"]])]] = True
-        n_missing = self._n_unknown + int((~have[self._wanted]).sum())
+        n_missing = self._n_unknown + self._n_unusable(there[self._rows.rows["pack"]])
         if n_missing:
             raise CorruptError(
                 f"{self._store.url}: {n_missing} chunks that steps need are in no pack, or lack a base; "
                 "nothing deleted",
                 hint="run deltackpt verify, and forget the damaged steps",
             )
+
+    def check_uncondemned(self) -> None:
+        """Refuse to go on when a live chunk is usable only with what is condemned: no gc leaves that."""
+        n_lost = self._n_unusable(self._tiers(frozenset(), frozenset()) < _NEVER)
+        if n_lost:
+            raise CorruptError(
+                f"{self._store.url}: {n_lost} chunks that steps need are condemned, or a base of theirs is; "
+                "nothing deleted",
+                hint="copy the steps out with deltackpt restore, and report this",
+            )
+
+    def _n_unusable(self, allowed: npt.NDArray[np.bool_]) -> int:
+        """Return how many of the chunks that steps have cannot be decoded from the allowed rows."""
+        have = np.zeros(self._n_chunks, np.bool_)
+        if len(self._rows.rows):
+            have[self._chunk[self._usable(allowed)]] = True
+        return int((~have[self._wanted]).sum())
 
     def use(self, avoid: frozenset[PackName] = frozenset()) -> dict[PackName, PackUse]:
         """Return how much of each pack is in use; of those that could be condemned."""
@@ -262,7 +279,13 @@ class Liveness:
         return sizes
 
     def needed_from(self, condemned: frozenset[PackName]) -> frozenset[PackName]:
-        """Return those of the condemned packs that hold what is in use of a live chunk."""
+        """Return those of the condemned packs that hold what is in use of a live chunk.
+
+        All of them, if what a step needs is usable only with packs that another unfinished cycle condemned:
+        a chain may lie in both, and each cycle would think of the other's part that it is gone.
+        """
+        if self._n_unusable(self._tiers(frozenset(), condemned) < _NEVER):
+            return condemned
         at = self._in_use(frozenset(), condemned)
         names = {self._rows.packs[n] for n in np.unique(self._rows.rows["pack"][at])}
         return frozenset(names & condemned)

@@ -22,7 +22,7 @@ from deltackpt.index import Index, Segment
 from deltackpt.liveness import Liveness
 from deltackpt.pack import PackName
 from deltackpt.rebase import Link, Rebase
-from deltackpt.records import Figures
+from deltackpt.records import Figures, GcRecord
 from deltackpt.session import Parent, Session
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
 from deltackpt.verify import verify
@@ -884,3 +884,63 @@ def test_what_is_in_use_is_closed_under_bases_and_the_least_deep_that_can_be_use
             assert best in rows["depth"][mine]
         # What no index lists is in use only if there is nothing else, or another such needs it less deep.
         assert listed[mine].all() or not listed[of].any() or rows["depth"][mine].min() < best
+
+
+@pytest.mark.usefixtures("as_deltas")
+def test_a_chain_that_two_unfinished_cycles_condemned_in_part_is_kept():
+    """Each cycle's view lacks the other's part: neither may conclude that its own is not needed."""
+    backend = MemoryBackend()
+    run = opened(backend)
+    for step, state in states(3).items():
+        run.save(state, step=step)
+    store = open_store(backend)
+    index = store.refresh()
+    by_depth = {
+        int(row["depth"]): segment.packs[int(row["pack"])]
+        for segment in index.segments
+        for row in segment.rows
+    }
+    assert sorted(by_depth) == [0, 1, 2]
+    for step in (0, 1):
+        run.forget([step])
+    for cycle, depth in enumerate((1, 0)):
+        record = GcRecord("condemn", cycle, frozenset([by_depth[depth]]), 3, 3)
+        assert backend.create_once(record.key, record.to_bytes())
+    collect(backend)
+    assert verify(backend, level="decode").clean
+    assert same(opened(backend).load(2), states(3)[2])
+
+
+@pytest.mark.usefixtures("as_deltas")
+def test_no_cycle_is_begun_on_a_look_that_saw_another_unfinished(monkeypatch):
+    """Another gc condemns between this one's listing of what is unfinished and its look."""
+    backend = MemoryBackend()
+    run = opened(backend)
+    for step, state in states(4).items():
+        run.save(state, step=step)
+    run.save({"w": floats(99, 5000)}, step=9)
+    sid = run.commit(9).sid
+    run.forget([9, 0])
+    order = []
+    look, create = gc._Gc._look, MemoryBackend.create_once
+
+    def create_once(self, name, data, **options):
+        if name.startswith("gc/"):
+            order.append(name)
+        return create(self, name, data, **options)
+
+    def overtaken(self):
+        if not order:
+            packs = {PackName.from_key(key) for key in backend.names("packs/")}
+            of_step_9 = {p for p in packs if p.sid == sid}
+            record = GcRecord("condemn", 0, frozenset(of_step_9), 5, len(packs))
+            backend.create_once(record.key, record.to_bytes())
+        return look(self)
+
+    monkeypatch.setattr(MemoryBackend, "create_once", create_once)
+    monkeypatch.setattr(gc._Gc, "_look", overtaken)
+    collect(backend)
+    assert order[:2] == ["gc/condemn-0", "gc/sweep-0"], order
+    assert order == [f"gc/{kind}-{n}" for n in range(len(order) // 2) for kind in ("condemn", "sweep")]
+    for step in (1, 2, 3):
+        assert same(opened(backend).load(step), states(4)[step])

@@ -16,6 +16,7 @@ from deltackpt.backends import Backend, Entry
 from deltackpt.backends import local as local_module
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
+from deltackpt.backends.osshim import Os
 from deltackpt.errors import CorruptError, InvalidInputError, NotFoundError, StorageError
 
 DIRS = ["packs", "refs", "sessions", "tmp"]
@@ -212,6 +213,21 @@ def test_a_map_is_the_whole_object_read_only_and_outlives_it(backend):
     assert view.readonly
     assert view == b"0123456789"
     assert backend.map("packs/empty") == b""
+
+
+def test_the_clock_is_read_though_a_gc_tidies_the_file_it_is_read_off(tmp_path, monkeypatch):
+    backend = LocalBackend(tmp_path)
+    backend.make_dirs(["packs", "tmp"])
+    backend.create_once("packs/1", b"x")
+    fstat = Os.fstat
+
+    def tidied(self, fd):
+        for path in (tmp_path / "tmp").iterdir():
+            path.unlink()
+        return fstat(self, fd)
+
+    monkeypatch.setattr(Os, "fstat", tidied)
+    assert backend.age_s("packs/1") >= 0
 
 
 def test_size_exists_and_age_speak_of_what_is_there(backend):

@@ -239,7 +239,8 @@ class LocalBackend(Backend):
                 now_ns = self._os.fstat(fd).st_mtime_ns
             finally:
                 self._os.close(fd)
-                self._os.unlink(path)
+                with suppress(FileNotFoundError):  # a gc beside us tidies tmp/
+                    self._os.unlink(path)
         return max(0, now_ns - written_ns) / 1e9
 
     def list(self, prefix: str) -> builtins.list[Entry]:

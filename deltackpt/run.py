@@ -28,6 +28,7 @@ from deltackpt import diff, kin, loader, restore, snapshot
 from deltackpt.diff import Diff, Side
 from deltackpt.errors import (
     AlreadyExistsError,
+    ConflictError,
     CorruptError,
     DeltackptError,
     FormatError,
@@ -459,7 +460,14 @@ class Run:
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
                 session = self._open(step, overwrite)
-                report = self._save(session, state, metrics, metadata, allow_pickle, start)
+                try:
+                    report = self._save(session, state, metrics, metadata, allow_pickle, start)
+                except StorageError as again:
+                    if session.deciding or not session.is_fenced():
+                        raise
+                    raise ConflictError(
+                        f"run {self.name!r} step {step}: gc gave this save up for dead", hint="save again"
+                    ) from again
             return self._retained(report, start)
 
     def _open(self, step: int, overwrite: bool) -> Session:

@@ -33,7 +33,7 @@ from deltackpt.errors import AlreadyExistsError, ConflictError, DeltackptError, 
 from deltackpt.format import NO_BASE, ROW, seal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.pack import PackBuilder, PackName, Payload, Record
-from deltackpt.records import Commit, Figures, Origin, SessionName, Slot, index_key, manifest_key
+from deltackpt.records import Commit, Fence, Figures, Origin, SessionName, Slot, index_key, manifest_key
 from deltackpt.scratch import Scratch
 from deltackpt.store import Store, workers
 from deltackpt.types import U8
@@ -426,6 +426,11 @@ class Session:
             # The step is durable, so this is no failed save; gc does it.
             log.warning("run %r step %d is saved, but: %s", self.slot.run, self.slot.step, e.message)
         return commit
+
+    def is_fenced(self) -> bool:
+        """Return whether gc gave this session up for dead: then its files may go while it writes them."""
+        decision = self.store.refs.decision(self.slot)
+        return isinstance(decision, Fence) and decision.sid == self.sid
 
     def finish(self) -> None:
         """End gc's own session after `publish`; its packs hold only copies, so nothing is to be decided."""

@@ -11,7 +11,7 @@ from deltas import nearly, taken
 from faults import CrashBackend, Cut, contents
 from steps import assert_steps, collect, floats, noise, opened, same, visible
 
-from deltackpt import gc, snapshot
+from deltackpt import gc, session, snapshot
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError
 from deltackpt.manifest import Manifest
@@ -197,6 +197,31 @@ def test_a_writer_given_up_for_dead_is_told_and_saves_again():
     run.save(state(2), step=2)
     collect(backend)
     assert_steps(visible(backend), {1: state(1), 2: state(2)})
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_writer_whose_files_a_gc_without_patience_takes_saves_again_or_is_told(
+    tmp_path, monkeypatch, times
+):
+    run = opened(tmp_path)
+    run.save(state(1), step=1)
+    close = session._Pack.close
+    taken_away = []
+
+    def fenced(self):
+        if len(taken_away) < times:
+            taken_away.append(gc.collect(tmp_path, patience_s=-1).fenced)  # with what it has in tmp/
+        return close(self)
+
+    monkeypatch.setattr(session._Pack, "close", fenced)
+    if times == 1:
+        run.save(state(2), step=2)
+        assert_steps(visible(tmp_path), {1: state(1), 2: state(2)})
+    else:
+        with pytest.raises(ConflictError, match="gc gave this save up for dead"):
+            run.save(state(2), step=2)
+        assert_steps(visible(tmp_path), {1: state(1)})
+    assert taken_away == [["run main step 2"]] * times
 
 
 def test_a_writer_with_a_live_process_is_waited_for_and_keeps_what_it_found():

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from deltackpt import planner
-from deltackpt.chains import Copy
+from deltackpt.chains import Copy, as_ids
 from deltackpt.digests import fingerprint
-from deltackpt.format import CHUNK_ID_SIZE
 from deltackpt.memory import Known, Memory
 from deltackpt.planner import Candidate, Plan
 from deltackpt.session import Session
@@ -83,7 +82,7 @@ class Bases:
         wanted = []
         for t in group:
             self._to_put.update(t.known.ids[i].tobytes() for i in t.which)
-            shadow = self._shadow_of(t)
+            shadow = self._shadow_of(t) if t.which else None
             wanted.append([list(self._candidates(t, i, shadow)) for i in t.which])
         self._look_up(c.id for chunks in wanted for candidates in chunks for c in candidates)
         # A chain that is full leads to its root, one look-up more.
@@ -99,7 +98,7 @@ class Bases:
     def _look_up(self, ids: Iterator[bytes]) -> None:
         new = sorted({i for i in ids if i not in self._copies})
         if new:
-            found = self._session.look_up(np.frombuffer(b"".join(new), np.uint8).reshape(-1, CHUNK_ID_SIZE))
+            found = self._session.look_up(as_ids(new))
             self._copies.update(zip(new, found, strict=True))
 
     def _candidates(self, t: Lacking, i: int, shadow: U8 | None) -> Iterator[Candidate]:

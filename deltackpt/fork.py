@@ -6,16 +6,15 @@ Never  copies what the session may rely on where it is, or decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
+from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind
-from deltackpt.format import CHUNK_ID_SIZE
 from deltackpt.manifest import Manifest, list_from_bytes
 from deltackpt.session import Session
 from deltackpt.store import Store
-from deltackpt.types import U8
 
 #: Chunks looked up together; a look-up costs as much for one as for a thousand.
 _N_GROUP = 4096
@@ -35,7 +34,7 @@ def take_over(session: Session, manifest: Manifest) -> None:
     for level, nodes in _levels(session.store, manifest):
         for start in range(0, len(nodes), _N_GROUP):
             group = nodes[start : start + _N_GROUP]
-            ids = _as_ids(chunk_id for chunk_id, _ in group)
+            ids = as_ids(chunk_id for chunk_id, _ in group)
             held = session.look_up(ids)
             for (chunk_id, is_float), copy in zip(group, held, strict=True):
                 if copy is None:
@@ -43,7 +42,7 @@ def take_over(session: Session, manifest: Manifest) -> None:
 
 
 def _put_again(session: Session, chunk_id: bytes, *, is_float: bool) -> None:
-    row = session.store.find(_as_ids([chunk_id]))[0]
+    row = session.store.find(as_ids([chunk_id]))[0]
     data = np.empty(int(row["raw_size"]), np.uint8)
     session.store.read_into(chunk_id, row, data)
     itemsize = int(row["itemsize"])
@@ -67,13 +66,9 @@ def _levels(store: Store, manifest: Manifest) -> Iterator[tuple[int, list[tuple[
         yield level, [(chunk_id, is_float) for (_, chunk_id, _), is_float in nodes.items()]
         if not level:
             continue
-        found = store.find(_as_ids(chunk_id for _, chunk_id, _ in nodes))
+        found = store.find(as_ids(chunk_id for _, chunk_id, _ in nodes))
         for ((_, chunk_id, size), is_float), row in zip(nodes.items(), found, strict=True):
             data = np.empty(int(row["raw_size"]), np.uint8)
             store.read_into(chunk_id, row, data)
             for entry in list_from_bytes(data, level, size, f"list {chunk_id.hex()[:16]}"):
                 todo.setdefault((level - 1, entry["id"].tobytes(), int(entry["size"])), is_float)
-
-
-def _as_ids(chunk_ids: Iterable[bytes]) -> U8:
-    return np.frombuffer(b"".join(chunk_ids), np.uint8).reshape(-1, CHUNK_ID_SIZE)

@@ -5,7 +5,7 @@ Never  reads or encodes anything: what is not known of a chunk is not asked.
 
 Restoring a chunk reads and undoes its whole chain: `COST_MAX` bounds what that takes.
 A chunk whose predecessor's chain is full is compared with the root of that chain instead: farther away, but
-a delta still, and of depth one.  docs/design/0014-planner.md has the measurements.
+a delta still, and of depth one.  docs/design/0014-bases.md has the measurements.
 """
 
 from __future__ import annotations

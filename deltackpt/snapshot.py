@@ -19,6 +19,7 @@ from blake3 import blake3
 from deltackpt import codecs, tree
 from deltackpt.bases import Bases, CastOf, Lacking, Put
 from deltackpt.casts import Casts, Source
+from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind
 from deltackpt.digests import fingerprint, identify
 from deltackpt.dtypes import kind_of
@@ -283,7 +284,7 @@ class _Saver:
         if not group:
             return
         parts = [p.known.ids[p.asked] for p in group]
-        parts += [_as_ids(p.list_ids) for p in group if p.list_ids]
+        parts += [as_ids(p.list_ids) for p in group if p.list_ids]
         copies = iter(self._session.look_up(np.concatenate(parts)))
         chunks = [[next(copies) for _ in p.asked] for p in group]
         lists = [[next(copies) for _ in p.list_ids] for p in group]
@@ -350,7 +351,7 @@ class _Saver:
             base = np.empty(parent.raw_size, np.uint8)
             store = self._session.store
             try:
-                store.read_into(parent.id, store.find(_as_ids([parent.id]))[0], base)
+                store.read_into(parent.id, store.find(as_ids([parent.id]))[0], base)
             except DeltackptError:
                 return None  # whoever encodes meets it again, says so, and does without
         buffer = np.empty(codecs.room(data.size), np.uint8)
@@ -396,7 +397,7 @@ class _Saver:
             ids[~changed] = before.ids[~changed]
         hashed = identify(data, ends, np.flatnonzero(changed))
         if hashed:
-            ids[changed] = _as_ids(hashed)
+            ids[changed] = as_ids(hashed)
         # What did not change is there already, unless gc condemned it meanwhile.
         packs: frozenset[PackName] = frozenset()
         asked = np.arange(len(ends))
@@ -449,7 +450,3 @@ def _lists(ids: U8, ends: Ends) -> tuple[int, bytes, list[U8], list[bytes]]:
     lists = [np.frombuffer(data, np.uint8) for row in levels for data in row]
     list_ids = [blake3(data).digest() for data in lists]
     return level, list_ids[-1], lists, list_ids
-
-
-def _as_ids(digests: list[bytes]) -> U8:
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, CHUNK_ID_SIZE)

@@ -140,9 +140,8 @@ def _modes(chunk: Chunk) -> list[Mode]:
 def fit_scale(data: U8, base: U8, itemsize: int) -> float:
     """Return what a base is best multiplied by, so that it foresees the chunk; 1.0 if nothing is better.
 
-    What moments keep of themselves from one step to the next is a factor (0.999 of exp_avg_sq at each),
-    found here as one of the ratios that occur: a chunk's second moments, ten steps apart, are 0.50 of their
-    bytes instead of 0.57 (bench/codec.py).
+    What moments keep of themselves from one step to the next is a factor (0.999 of exp_avg_sq at each), found
+    here as one of the ratios that occur.
 
     Parameters
     ----------

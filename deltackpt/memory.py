@@ -7,7 +7,7 @@ Never  holds a tensor's bytes: those are in the shadow, or in the store.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.modes import Modes
 from deltackpt.pack import PackName
 from deltackpt.restore import resolve
 from deltackpt.store import Store
@@ -37,6 +38,8 @@ class Known:
         xxh3_128 of each chunk; None when it was read from the store and not seen in this process.
     packs : frozenset of PackName or None
         Packs that hold its chunks and lists, perhaps among others; None when not looked up yet.
+    modes : Modes
+        How its chunks were best taken.
     """
 
     row: TensorRow
@@ -44,6 +47,7 @@ class Known:
     ids: U8
     fingerprints: list[bytes] | None
     packs: frozenset[PackName] | None
+    modes: Modes = field(default_factory=dict)
 
 
 class Sized(NamedTuple):

@@ -489,6 +489,7 @@ class Run:
             session.publish(manifest)
             published = time.perf_counter()
             saved.seconds["publish"] = published - at
+            packs, rows = session.packs(), session.rows()
             figures = Figures(
                 saved.logical_size,
                 session.new_size,
@@ -497,9 +498,8 @@ class Run:
                 saved.n_chunks,
                 session.n_new_chunks,
                 {phase: round(s, 6) for phase, s in saved.seconds.items()},
-                saved.costs(session.rows()),
+                saved.costs(rows),
             )
-            packs = session.packs()
             before = session.superseded
             commit = session.commit(
                 manifest,
@@ -508,7 +508,7 @@ class Run:
                 metadata=metadata,
                 figures=figures,
             )
-        self._memory = saved.memory(packs)
+        self._memory = saved.memory(packs, rows)
         self._shadow.replace(saved.fresh)
         self._last_step = commit.slot.step
         end = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,17 @@ from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind
 from deltackpt.digests import fingerprint, identify
 from deltackpt.dtypes import kind_of
-from deltackpt.errors import DeltackptError
 from deltackpt.format import CHUNK_ID_SIZE
 from deltackpt.groups import GroupCost
 from deltackpt.index import Rows
 from deltackpt.manifest import Manifest, TensorRow, build_lists
 from deltackpt.memory import Ends, Known, Memory
+from deltackpt.modes import Taken, Tried, learned
 from deltackpt.pack import PackName
-from deltackpt.session import Session
+from deltackpt.session import Parent, Session
 from deltackpt.shadow import Fresh, Shadow
 from deltackpt.tally import Tally
+from deltackpt.trials import Pair, Trial, run_trials
 from deltackpt.types import DTYPE_SIZES, U8, Deferred, State, Tensor
 
 #: What is remembered, given the tensors to be saved.
@@ -42,8 +43,6 @@ Before: TypeAlias = Callable[[Sequence[Tensor | Deferred]], Memory]
 _N_PACKS_MAX = 16
 #: Bytes of changed tensors whose chunks are looked up together.
 _GROUP_SIZE = 8 << 20
-#: With fewer deltas than this in a tensor, each tries what fits it best: trying costs some five encodings.
-_N_TRY_EACH = 3
 _LIST_KIND = Kind(1, False)
 
 
@@ -61,6 +60,8 @@ class Saved:
         Tensors that changed, for the shadow.
     tally : Tally
         What was put for which tensor.
+    taken : list of Taken
+        How.
     """
 
     manifest: Manifest
@@ -68,18 +69,22 @@ class Saved:
     changed: set[str]
     fresh: list[Fresh]
     tally: Tally
+    taken: list[Taken]
     logical_size: int = 0
     n_chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def memory(self, packs: frozenset[PackName]) -> Memory:
-        """Return what to remember once the session has written these packs."""
+    def memory(self, packs: frozenset[PackName], rows: Rows) -> Memory:
+        """Return what to remember once the session has written these packs, and these rows."""
+        modes = learned(self.taken, rows)
         shared: dict[frozenset[PackName], frozenset[PackName]] = {}  # one set for all tensors that have it
         tensors = []
         for known in self.tensors:
             if known.row.name in self.changed:
                 together = (known.packs or frozenset()) | packs
-                known = replace(known, packs=shared.setdefault(together, together))
+                known = replace(
+                    known, packs=shared.setdefault(together, together), modes=modes.get(known.row.name, {})
+                )
             tensors.append(known)
         return Memory(tensors)
 
@@ -145,6 +150,7 @@ def save(
         saver.changed,
         saver.fresh,
         saver.tally,
+        saver.taken,
         seconds=clock.seconds,
     )
     saved.logical_size = sum(row.size for row in rows)
@@ -194,6 +200,20 @@ class _Pending:
     is_own: bool
 
 
+class _ToPut(NamedTuple):
+    """A chunk to put, the `i`-th of its tensor; what it may be a delta of, and the relation of the two."""
+
+    i: int
+    data: U8
+    parent: Parent | None
+    why: str
+
+
+def _to_put(p: _Pending, put: Put) -> _ToPut:
+    start, end = int(p.known.ends[put.i - 1]) if put.i else 0, int(p.known.ends[put.i])
+    return _ToPut(put.i, p.tensor.data[start:end], put.plan.parent, put.plan.why)
+
+
 class _Saver:
     """One walk over a state's tensors.
 
@@ -215,6 +235,7 @@ class _Saver:
         self.changed: set[str] = set()  # tensors with chunks or lists in the packs of this session
         self.fresh: list[Fresh] = []
         self.tally = Tally()
+        self.taken: list[Taken] = []
 
     def all(self, tensors: Sequence[Tensor | Deferred]) -> list[Known | None]:
         """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
@@ -299,9 +320,11 @@ class _Saver:
             for p, found in zip(group, chunks, strict=True)
         ]
         plans = self._bases.plan(lacking)
+        todo = [[_to_put(p, put) for put in puts] for p, puts in zip(group, plans, strict=True)]
+        modes = self._modes(group, todo)
         self._clock.lap("plan")
-        for p, found, found_lists, puts in zip(group, chunks, lists, plans, strict=True):
-            self._put(p, puts)
+        for p, found, found_lists, puts, of in zip(group, chunks, lists, todo, modes, strict=True):
+            self._put(p, puts, of)
             for chunk_id, data, copy in zip(p.list_ids, p.lists, found_lists, strict=True):
                 if copy is None:
                     self._session.put(chunk_id, data, _LIST_KIND)
@@ -312,51 +335,42 @@ class _Saver:
             self._knowns[p.at] = replace(p.known, packs=packs)
         self._clock.lap("write")
 
-    def _put(self, p: _Pending, puts: list[Put]) -> None:
-        """Put a tensor's chunks."""
-        kind, ends = kind_of(p.tensor.dtype), p.known.ends
-        starts = np.concatenate([[0], ends])
-        chunks = [(put, p.tensor.data[int(starts[put.i]) : int(ends[put.i])]) for put in puts]
-        modes = {
-            why: self._mode([(put, data) for put, data in chunks if put.plan.why == why], kind)
-            for why in {put.plan.why for put in puts}
-        }
-        which = [put.i for put in puts]
-        self.tally.put(p.known.row, p.known.ids[which], [put.plan.action == "delta" for put in puts])
-        for put, data in chunks:
-            mode = modes[put.plan.why]
-            parent = put.plan.parent if mode != codecs.WHOLE else None  # or it would be read for nothing
-            self._session.put(p.known.ids[put.i].tobytes(), data, kind, parent, mode)
+    def _modes(self, group: list[_Pending], todo: list[list[_ToPut]]) -> list[dict[str, Tried | None]]:
+        """Return how each tensor's chunks are taken: as in saves before, or as is best now, by trying.
 
-    def _mode(self, chunks: list[tuple[Put, U8]], kind: Kind) -> codecs.Mode | None:
-        """Return how chunks with bases of one sort are best taken, by trying one; None to try every one.
-
-        Whole only if three of them are best so: a part of a tensor may be new, and the rest hardly changed.
+        None: the base cannot be read.
         """
-        if chunks[0][0].plan.parent is None or len(chunks) < _N_TRY_EACH:
-            return None
-        mode = None
-        for at in (len(chunks) // 2, len(chunks) // 6, 5 * len(chunks) // 6):
-            mode = self._tried(*chunks[at], kind)
-            if mode != codecs.WHOLE:
-                break
-        return mode
+        modes: list[dict[str, Tried | None]] = []
+        trials: list[tuple[dict[str, Tried | None], str, Trial]] = []
+        for p, puts in zip(group, todo, strict=True):
+            pairs: dict[str, list[Pair]] = {}
+            for put in puts:
+                if put.parent is not None:
+                    pairs.setdefault(put.why, []).append(Pair(put.data, put.parent))
+            before = p.before.modes if p.before is not None else {}
+            of = {why: before.get(why) for why in pairs}
+            kind = kind_of(p.tensor.dtype)
+            trials += [(of, why, Trial(found, kind)) for why, found in pairs.items() if of[why] is None]
+            modes.append(of)
+        best = run_trials(self._session.store, [trial for *_, trial in trials])
+        for (of, why, _), mode in zip(trials, best, strict=True):
+            of[why] = Tried(mode) if mode is not None else None
+        return modes
 
-    def _tried(self, put: Put, data: U8, kind: Kind) -> codecs.Mode | None:
-        """Return how one chunk is best taken; None if its base cannot be read."""
-        parent = put.plan.parent
-        assert parent is not None
-        base = parent.data
-        if base is None:
-            base = np.empty(parent.raw_size, np.uint8)
-            store = self._session.store
-            try:
-                store.read_into(parent.id, store.find(as_ids([parent.id]))[0], base)
-            except DeltackptError:
-                return None  # whoever encodes meets it again, says so, and does without
-        buffer = np.empty(codecs.room(data.size), np.uint8)
-        chunk = codecs.Chunk(data, kind, buffer, codecs.Base(base, parent.offset, parent.cast))
-        return codecs.best_mode(chunk)
+    def _put(self, p: _Pending, puts: list[_ToPut], modes: dict[str, Tried | None]) -> None:
+        """Put a tensor's chunks."""
+        kind, ids = kind_of(p.tensor.dtype), p.known.ids
+        self.tally.put(p.known.row, ids[[put.i for put in puts]], [put.parent is not None for put in puts])
+        for why, tried in modes.items():
+            if tried is not None:
+                which = [put.i for put in puts if put.why == why]
+                self.taken.append(Taken(p.tensor.name, why, tried, ids[which]))
+        for put in puts:
+            tried, parent = modes.get(put.why), put.parent
+            mode = tried.mode if tried is not None else None
+            if mode == codecs.WHOLE:
+                parent = None  # or it would be read for nothing
+            self._session.put(ids[put.i].tobytes(), put.data, kind, parent, mode)
 
     def _note_changed(self, p: _Pending) -> None:
         """Note that a tensor has new bytes, and keep them for the shadow if there is room."""

@@ -79,17 +79,47 @@ def deltas(size: int, itemsize: int, share: float) -> list[Delta]:
     return made
 
 
-def delta_split_pass(data: U8, itemsize: int, split: Callable[..., Any]) -> None:
-    out = np.empty(CHUNK_SIZE, np.uint8)
-    for d in deltas(data.size, itemsize, SPARSE_SHARE):
-        split(d.chunk, d.base, Form(itemsize, SUB), out[: d.chunk.size])
+class Grouped(NamedTuple):
+    """A chunk whose differences to its base are of three classes, and their planes."""
+
+    chunk: U8
+    base: U8
+    of: differences.Classes
+    planes: U8
 
 
-def delta_join_pass(data: U8, itemsize: int, join: Callable[..., Any]) -> None:
-    out = np.empty(CHUNK_SIZE, np.uint8)
+@functools.lru_cache(1)
+def grouped(size: int, itemsize: int) -> list[Grouped]:
+    """Chunks of which a third of the elements are a little, another third some more away from the base's."""
+    data = noise(size)
+    base = data.copy()
+    words = base.view(f"<u{itemsize}")
+    words += np.random.default_rng(1).choice(np.array([0, 1, 200], words.dtype), words.size)
+    made = []
+    for start in range(0, size, CHUNK_SIZE):
+        chunk, old = (a[start : start + CHUNK_SIZE] for a in (data, base))
+        of = differences.classes(differences.lengths(chunk, old, Form(itemsize, SUB)))
+        planes = np.empty(sum(differences.plane_sizes(of)), np.uint8)
+        differences.group(chunk, old, Form(itemsize, SUB), of, planes)
+        made.append(Grouped(chunk, old, of, planes))
+    return made
+
+
+def lengths_pass(data: U8, itemsize: int, lengths: Callable[..., Any]) -> None:
     for d in deltas(data.size, itemsize, SPARSE_SHARE):
-        planes = list(d.chunk.reshape(itemsize, -1))  # any bytes are planes
-        join(planes, d.base, Form(itemsize, SUB), out[: d.chunk.size])
+        lengths(d.chunk, d.base, Form(itemsize, SUB))
+
+
+def group_pass(data: U8, itemsize: int, group: Callable[..., Any]) -> None:
+    for d in grouped(data.size, itemsize):
+        group(d.chunk, d.base, Form(itemsize, SUB), d.of, d.planes)
+
+
+def ungroup_pass(data: U8, itemsize: int, ungroup: Callable[..., Any]) -> None:
+    out = np.empty(CHUNK_SIZE, np.uint8)
+    for d in grouped(data.size, itemsize):
+        planes = np.split(d.planes, np.cumsum(differences.plane_sizes(d.of))[:-1])
+        ungroup(planes, d.base, Form(itemsize, SUB), d.of, out[: d.chunk.size])
 
 
 def count_pass(data: U8, itemsize: int, count: Callable[..., Any]) -> None:
@@ -123,8 +153,9 @@ CASES: list[
     *(("cut", cut_pass, align, kernels.cut, kernels.cut_ref) for align in (2, 4, 8)),
     *(("split_planes", split_pass, w, kernels.split_planes, kernels.split_planes_ref) for w in (1, 2, 4, 8)),
     *(("join_planes", join_pass, w, kernels.join_planes, kernels.join_planes_ref) for w in (1, 2, 4, 8)),
-    *(("delta split", delta_split_pass, w, differences.split, differences.split_ref) for w in (2, 4, 8)),
-    *(("delta join", delta_join_pass, w, differences.join, differences.join_ref) for w in (2, 4, 8)),
+    *(("delta lengths", lengths_pass, w, differences.lengths, differences.lengths_ref) for w in (2, 4, 8)),
+    *(("delta group", group_pass, w, differences.group, differences.group_ref) for w in (2, 4, 8)),
+    *(("delta ungroup", ungroup_pass, w, differences.ungroup, differences.ungroup_ref) for w in (2, 4, 8)),
     *(("count", count_pass, w, differences.count_changed, differences.count_changed_ref) for w in (2, 4)),
     *(("sparse take", take_pass, w, differences.take, differences.take_ref) for w in (2, 4)),
     *(("sparse put", put_pass, w, differences.put, differences.put_ref) for w in (2, 4)),

@@ -381,13 +381,13 @@ static PyObject *py_join_planes(PyObject *self, PyObject *args)
 
 /* ---- histogram of a strided sample ---------------------------------------------------------------------------- */
 
-/* counts[b] = how often byte b is among data[0], data[step], ...: n_samples of them, all inside data.
+/* Counts of the bytes data[0], data[step], ...: n_samples of them, all inside data.
  * Two tables, so that a run of one value does not wait for its own last store. */
-static void sample_counts(const uint8_t *data, size_t step, size_t n_samples, int64_t counts[256])
+static void sample_counts(const uint8_t *data, size_t step, size_t n_samples, uint32_t counts[256])
 {
-    int64_t odd[256] = {0};
+    uint32_t odd[256] = {0};
     size_t i;
-    memset(counts, 0, 256 * sizeof(int64_t));
+    memset(counts, 0, 256 * sizeof *counts);
     for (i = 0; i + 2 <= n_samples; i += 2) {
         counts[data[i * step]]++;
         odd[data[(i + 1) * step]]++;
@@ -398,26 +398,51 @@ static void sample_counts(const uint8_t *data, size_t step, size_t n_samples, in
         counts[i] += odd[i];
 }
 
-static PyObject *py_histogram(PyObject *self, PyObject *args)
+/* Entropy of a sample of each plane, n_samples bytes of it at most.  table[c] is c * log2(c), in 2**-32: sums of whole
+ * numbers, the same in any order. */
+static PyObject *py_entropies(PyObject *self, PyObject *args)
 {
-    Py_buffer data, counts;
-    Py_ssize_t step, n_samples;
+    Py_buffer table;
+    PyObject *given, *found;
+    Py_ssize_t n_samples, i;
     int ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*w*nn:histogram", &data, &counts, &step, &n_samples))
+    if (!PyArg_ParseTuple(args, "O!y*n:entropies", &PyTuple_Type, &given, &table, &n_samples))
         return NULL;
-    ok = step >= 1 && n_samples >= 0 && (n_samples == 0 || (data.len >= 1 && (data.len - 1) / step >= n_samples - 1)) &&
-         counts.len == 256 * (Py_ssize_t)sizeof(int64_t) && (uintptr_t)counts.buf % sizeof(int64_t) == 0;
-    /* The GIL is kept: 4096 samples take 4 us, and a thread that lets go of it waits ten times that to have it back. */
-    if (ok)
-        sample_counts(data.buf, (size_t)step, (size_t)n_samples, counts.buf);
-    PyBuffer_Release(&data);
-    PyBuffer_Release(&counts);
-    if (!ok) {
-        PyErr_SetString(PyExc_ValueError, "histogram: samples outside the data, or counts is not 256 int64");
-        return NULL;
+    ok = n_samples >= 1 && table.len / (Py_ssize_t)sizeof(int64_t) > 0 &&
+         (uintptr_t)table.buf % sizeof(int64_t) == 0;
+    found = ok ? PyList_New(0) : NULL;
+    /* The GIL is kept: a plane takes 4 us, and a thread that lets go of it waits ten times that to have it back. */
+    for (i = 0; found && i < PyTuple_Size(given); i++) {
+        const int64_t *bits = table.buf;
+        Py_buffer plane;
+        PyObject *value = NULL;
+        Py_ssize_t step, n;
+        if (PyObject_GetBuffer(PyTuple_GetItem(given, i), &plane, PyBUF_SIMPLE) == 0) {
+            step = (plane.len / n_samples - 1) | 1;
+            step = step < 1 ? 1 : step;
+            n = plane.len / step + (plane.len % step != 0);
+            n = n < n_samples ? n : n_samples;
+            ok = n < table.len / (Py_ssize_t)sizeof(int64_t);
+            if (ok) {
+                uint32_t counts[256];
+                int64_t rest = bits[n];
+                int b;
+                sample_counts(plane.buf, (size_t)step, (size_t)n, counts);
+                for (b = 0; b < 256; b++)
+                    rest -= bits[counts[b]];
+                value = PyFloat_FromDouble(n ? (double)rest / ((double)n * 4294967296.0) : 0.0);
+            }
+            PyBuffer_Release(&plane);
+        }
+        if (!value || PyList_Append(found, value) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(value);
     }
-    Py_RETURN_NONE;
+    PyBuffer_Release(&table);
+    if (!ok && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "entropies: no samples, or table does not have all counts of them");
+    return found;
 }
 
 /* ---- deltas of a base ------------------------------------------------------------------------------------------ */
@@ -550,6 +575,99 @@ TEMPLATE unsigned lowest_bit(uint64_t bits)
 #endif
 }
 
+/* Differences by length, the classes: how many bytes each has but zeros at its top, rounded up to those in use. */
+#define N_CLASSES_MAX 5
+#define N_PLANES_MAX 31 /* one of digits, and bytes of 4 to 8 */
+typedef struct {
+    size_t n;                       /* classes, at least 1 */
+    uint8_t lengths[N_CLASSES_MAX]; /* ascending, at most the bytes of an element */
+    size_t counts[N_CLASSES_MAX];   /* elements of each, n of them in all */
+} classes;
+
+/* A block's differences are sorted into five rooms of one array.  Where the next of each class goes stands in 12 bits
+ * of one number: no memory is waited for, whatever comes in which order. */
+#define GROUP_BLOCK 480 /* elements: their classes fill whole bytes, 8, 5, 4 or 3 to one */
+#define PLACE_BITS 12
+#define PLACE_MAX ((UINT64_C(1) << PLACE_BITS) - 1)
+#define FIRST_PLACES                                                                                               \
+    (GROUP_BLOCK * (UINT64_C(1) << PLACE_BITS | UINT64_C(2) << 2 * PLACE_BITS | UINT64_C(3) << 3 * PLACE_BITS |    \
+                    UINT64_C(4) << 4 * PLACE_BITS))
+
+TEMPLATE void to_shifts(uint8_t class_of[GROUP_BLOCK + 8])
+{
+    size_t i;
+    for (i = 0; i < GROUP_BLOCK + 8; i++)
+        class_of[i] = (uint8_t)(class_of[i] * PLACE_BITS);
+}
+
+static int is_complete(const classes *of, const size_t at[N_CLASSES_MAX])
+{
+    size_t c;
+    for (c = 0; c < of->n; c++)
+        if (at[c] != of->counts[c])
+            return 0;
+    return 1;
+}
+
+/* Classes that share a byte, each a digit of a number in base n; none where there is one class only. */
+static size_t digits_of(size_t n)
+{
+    return n == 2 ? 8 : n == 3 ? 5 : n == 4 ? 4 : 3;
+}
+
+static size_t digits_size(size_t n_classes, size_t n)
+{
+    return n_classes < 2 ? 0 : (n + digits_of(n_classes) - 1) / digits_of(n_classes);
+}
+
+TEMPLATE uint8_t *digits_in(const uint8_t *class_of, size_t m, size_t n_classes, size_t per, uint8_t *to)
+{
+    size_t i, d;
+    for (i = 0; i < m; i += per) {
+        uint32_t number = 0, unit = 1;
+        for (d = 0; d < per; d++, unit *= (uint32_t)n_classes)
+            number += class_of[i + d] * unit;
+        *to++ = (uint8_t)number;
+    }
+    return to;
+}
+
+/* class_of[m] and behind are 0, as far as the last byte goes. */
+TEMPLATE uint8_t *write_digits(const uint8_t *class_of, size_t m, size_t n_classes, uint8_t *to)
+{
+    size_t i;
+    if (n_classes == 2)
+        for (i = 0; i < m; i += 8)
+            *to++ = (uint8_t)gathered(load64(class_of + i));
+    return n_classes == 3   ? digits_in(class_of, m, 3, 5, to)
+           : n_classes == 4 ? digits_in(class_of, m, 4, 4, to)
+           : n_classes == 5 ? digits_in(class_of, m, 5, 3, to)
+                            : to;
+}
+
+static void digits_table(size_t n_classes, uint8_t table[256][8])
+{
+    size_t v, d, rest;
+    if (n_classes > 1)
+        for (v = 0; v < 256; v++)
+            for (d = 0, rest = v; d < 8; d++, rest /= n_classes)
+                table[v][d] = (uint8_t)(rest % n_classes);
+}
+
+/* A byte too large for its digits gives some: then the classes have other sizes, or the chunk another id. */
+TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_classes, const uint8_t table[256][8],
+                                    uint8_t class_of[GROUP_BLOCK + 8])
+{
+    size_t per = digits_of(n_classes), i;
+    if (n_classes < 2 || !from) {
+        memset(class_of, 0, GROUP_BLOCK + 8);
+        return from;
+    }
+    for (i = 0; i < m; i += per)
+        memcpy(class_of + i, table[*from++], 8);
+    return from;
+}
+
 /* The code below is one for all widths: UINT is the element's type, WIDTH its bytes. */
 #define DELTA(UINT, WIDTH, LOAD, STORE)                                                                            \
     TEMPLATE UINT ordered_##WIDTH(UINT v)                                                                          \
@@ -651,41 +769,106 @@ TEMPLATE unsigned lowest_bit(uint64_t bits)
             for (i = 0; i < m; i++)                                                                                \
                 z[i] = (UINT)(from[i] + unzigzag_##WIDTH(z[i]));                                                   \
     }                                                                                                              \
-    CLONES static void delta_split_##WIDTH(const uint8_t *data, const uint8_t *base, uint8_t *planes, size_t n,    \
-                                           int map, int cast, float scale)                                         \
-    {                                                                                                              \
-        UINT z[DELTA_BLOCK];                                                                                       \
-        size_t i, j, k;                                                                                            \
-        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
-            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
-            differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                            \
-            for (k = 0; k < WIDTH; k++) {                                                                          \
-                uint8_t *plane = planes + k * n + i;                                                               \
-                for (j = 0; j < m; j++)                                                                            \
-                    plane[j] = (uint8_t)(z[j] >> (8 * k));                                                         \
-            }                                                                                                      \
-        }                                                                                                          \
-    }                                                                                                              \
-    CLONES static void delta_join_##WIDTH(const uint8_t *const planes[8], const uint8_t *base, uint8_t *out,       \
-                                          size_t n, int map, int cast, float scale)                                \
-    {                                                                                                              \
-        UINT z[DELTA_BLOCK], from[DELTA_BLOCK];                                                                    \
-        size_t i, j, k;                                                                                            \
-        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
-            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
-            memset(z, 0, sizeof z);                                                                                \
-            for (k = 0; k < WIDTH; k++) {                                                                          \
-                const uint8_t *plane = planes[k];                                                                  \
-                if (plane)                                                                                         \
-                    for (j = 0; j < m; j++)                                                                        \
-                        z[j] |= (UINT)((UINT)plane[i + j] << (8 * k));                                             \
-            }                                                                                                      \
-            prepare_##WIDTH(base, i, m, cast, scale, from);                                                        \
-            sums_##WIDTH(z, from, m, map);                                                                         \
-            for (j = 0; j < m; j++)                                                                                \
-                STORE(out + WIDTH * (i + j), z[j]);                                                                \
-        }                                                                                                          \
-    }                                                                                                              \
+    /* counts[l] = differences whose highest byte that is not zero is the l-th; counts[0] of those that are 0. */ \
+    CLONES static void delta_lengths_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int map, int cast,\
+                                             float scale, int64_t counts[WIDTH + 1])                              \
+    {                                                                                                             \
+        UINT z[DELTA_BLOCK];                                                                                      \
+        size_t i, j, l;                                                                                           \
+        for (l = 0; l <= WIDTH; l++)                                                                              \
+            counts[l] = 0;                                                                                        \
+        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                    \
+            size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                 \
+            differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                           \
+            counts[0] += (int64_t)m;                                                                              \
+            for (l = 0; l < WIDTH; l++) {                                                                         \
+                UINT limit = (UINT)(((UINT)1 << (8 * l % (8 * WIDTH))) - 1);                                      \
+                uint32_t longer = 0;                                                                              \
+                for (j = 0; j < m; j++)                                                                           \
+                    longer += z[j] > limit;                                                                       \
+                counts[l] -= longer;                                                                              \
+                counts[l + 1] += longer;                                                                          \
+            }                                                                                                     \
+        }                                                                                                         \
+    }                                                                                                             \
+    /* Writes the class of each element, several to a byte, then each class's differences as planes, of as many bytes\
+     * as its length says.  0 unless every class has exactly as many elements as `counts` says. */                \
+    CLONES static int delta_group_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int map, int cast,  \
+                                          float scale, const classes *of, uint8_t *out)                           \
+    {                                                                                                             \
+        UINT z[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                                   \
+        uint8_t class_of[GROUP_BLOCK + 8], *digits = out;                                                         \
+        size_t at[N_CLASSES_MAX] = {0}, i, j, c, l;                                                               \
+        for (i = 0; i < n; i += GROUP_BLOCK) {                                                                    \
+            size_t m = n - i < GROUP_BLOCK ? n - i : GROUP_BLOCK;                                                 \
+            uint8_t *plane = out + digits_size(of->n, n);                                                         \
+            uint64_t next = FIRST_PLACES;                                                                         \
+            differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                           \
+            memset(class_of, 0, sizeof class_of);                                                                 \
+            for (c = 0; c + 1 < of->n; c++) {                                                                     \
+                UINT limit = (UINT)(((UINT)1 << (8 * of->lengths[c])) - 1);                                       \
+                for (j = 0; j < m; j++)                                                                           \
+                    class_of[j] = (uint8_t)(class_of[j] + (z[j] > limit));                                        \
+            }                                                                                                     \
+            digits = write_digits(class_of, m, of->n, digits);                                                    \
+            to_shifts(class_of);                                                                                  \
+            for (j = 0; j < m; j++) {                                                                             \
+                some[next >> class_of[j] & PLACE_MAX] = z[j];                                                     \
+                next += UINT64_C(1) << class_of[j];                                                               \
+            }                                                                                                     \
+            for (c = 0; c < of->n; c++) {                                                                         \
+                const UINT *from = some + c * GROUP_BLOCK;                                                        \
+                size_t here = (size_t)((next - FIRST_PLACES) >> PLACE_BITS * c & PLACE_MAX);                      \
+                if (here > of->counts[c] - at[c])                                                                 \
+                    return 0;                                                                                     \
+                for (l = 0; l < of->lengths[c]; l++, plane += of->counts[c])                                      \
+                    for (j = 0; j < here; j++)                                                                    \
+                        plane[at[c] + j] = (uint8_t)(from[j] >> (8 * l));                                         \
+                at[c] += here;                                                                                    \
+            }                                                                                                     \
+        }                                                                                                         \
+        return is_complete(of, at);                                                                               \
+    }                                                                                                             \
+    /* The inverse, a plane that is NULL being zeros.  0 unless the classes have exactly as many elements. */     \
+    CLONES static int delta_ungroup_##WIDTH(const uint8_t *digits, const uint8_t *const *planes,                  \
+                                            const uint8_t *base, uint8_t *out, size_t n, int map, int cast,       \
+                                            float scale, const classes *of)                                       \
+    {                                                                                                             \
+        UINT z[GROUP_BLOCK], from[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                \
+        uint8_t class_of[GROUP_BLOCK + 8], table[256][8];                                                         \
+        size_t at[N_CLASSES_MAX] = {0}, i, j, c, l;                                                               \
+        digits_table(of->n, table);                                                                               \
+        for (i = 0; i < n; i += GROUP_BLOCK) {                                                                    \
+            size_t m = n - i < GROUP_BLOCK ? n - i : GROUP_BLOCK;                                                 \
+            const uint8_t *const *plane = planes;                                                                 \
+            uint64_t next = FIRST_PLACES;                                                                         \
+            digits = read_digits(digits, m, of->n, (const uint8_t(*)[8])table, class_of);                         \
+            for (c = 0; c < of->n; c++) {                                                                         \
+                UINT *to = some + c * GROUP_BLOCK;                                                                \
+                uint32_t here = 0;                                                                                \
+                for (j = 0; j < m; j++)                                                                           \
+                    here += class_of[j] == c;                                                                     \
+                if (here > of->counts[c] - at[c])                                                                 \
+                    return 0;                                                                                     \
+                memset(to, 0, here * sizeof *to);                                                                 \
+                for (l = 0; l < of->lengths[c]; l++, plane++)                                                     \
+                    if (*plane)                                                                                   \
+                        for (j = 0; j < here; j++)                                                                \
+                            to[j] = (UINT)(to[j] | (UINT)((UINT)(*plane)[at[c] + j] << (8 * l)));                 \
+                at[c] += here;                                                                                    \
+            }                                                                                                     \
+            to_shifts(class_of);                                                                                  \
+            for (j = 0; j < m; j++) {                                                                             \
+                z[j] = some[next >> class_of[j] & PLACE_MAX];                                                     \
+                next += UINT64_C(1) << class_of[j];                                                               \
+            }                                                                                                     \
+            prepare_##WIDTH(base, i, m, cast, scale, from);                                                       \
+            sums_##WIDTH(z, from, m, map);                                                                        \
+            for (j = 0; j < m; j++)                                                                               \
+                STORE(out + WIDTH * (i + j), z[j]);                                                               \
+        }                                                                                                         \
+        return is_complete(of, at);                                                                               \
+    }                                                                                                             \
     CLONES static size_t count_changed_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int cast)       \
     {                                                                                                              \
         UINT from[DELTA_BLOCK];                                                                                    \
@@ -837,59 +1020,123 @@ static PyObject *bad_delta(void)
      : width == 4 ? CALL##_4(__VA_ARGS__)                                                                          \
                   : CALL##_8(__VA_ARGS__))
 
-static PyObject *py_delta_split(PyObject *self, PyObject *args)
+static PyObject *py_delta_lengths(PyObject *self, PyObject *args)
 {
-    Py_buffer data, base, planes;
+    Py_buffer data, base, counts;
     Py_ssize_t width, n;
     int map, cast, ok;
     float scale;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*w*niif:delta_split", &data, &base, &planes, &width, &map, &cast, &scale))
+    if (!PyArg_ParseTuple(args, "y*y*w*niif:delta_lengths", &data, &base, &counts, &width, &map, &cast, &scale))
         return NULL;
     n = fitting(&data, &base, width, map, cast);
-    ok = n >= 0 && is_scale(scale) && planes.len == data.len && !overlap(&data, &planes) && !overlap(&base, &planes);
+    ok = n >= 0 && is_scale(scale) && counts.len == (width + 1) * (Py_ssize_t)sizeof(int64_t) &&
+         (uintptr_t)counts.buf % sizeof(int64_t) == 0 && !overlap(&data, &counts) && !overlap(&base, &counts);
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        BY_WIDTH(delta_split, data.buf, base.buf, planes.buf, (size_t)n, map, cast, scale);
+        BY_WIDTH(delta_lengths, data.buf, base.buf, (size_t)n, map, cast, scale, counts.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&counts);
+    if (!ok)
+        return bad_delta();
+    Py_RETURN_NONE;
+}
+
+/* Fill `of` from {length: elements}, ascending, of n elements; returns bytes of all planes, -1 if they do not fit. */
+static Py_ssize_t parse_classes(PyObject *given, Py_ssize_t width, Py_ssize_t n, classes *of)
+{
+    Py_ssize_t size, i, sum = 0, last = -1;
+    PyObject *items = PyDict_Items(given);
+    if (!items)
+        return -1;
+    of->n = (size_t)PyList_Size(items);
+    if (of->n < 1 || of->n > N_CLASSES_MAX || of->n > (size_t)width + 1) {
+        Py_DECREF(items);
+        return -1;
+    }
+    size = (Py_ssize_t)digits_size(of->n, (size_t)n);
+    for (i = 0; i < (Py_ssize_t)of->n; i++) {
+        Py_ssize_t length, count;
+        if (!PyArg_ParseTuple(PyList_GetItem(items, i), "nn", &length, &count) || length <= last || length > width ||
+            count < 0 || count > n - sum)
+            break;
+        of->lengths[i] = (uint8_t)length;
+        of->counts[i] = (size_t)count;
+        sum += count;
+        size += length * count;
+        last = length;
+    }
+    Py_DECREF(items);
+    return i == (Py_ssize_t)of->n && sum == n ? size : -1;
+}
+
+static PyObject *py_delta_group(PyObject *self, PyObject *args)
+{
+    Py_buffer data, base, planes;
+    PyObject *given;
+    Py_ssize_t width, n;
+    classes of;
+    int map, cast, ok;
+    float scale;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*y*w*niifO!:delta_group", &data, &base, &planes, &width, &map, &cast, &scale,
+                          &PyDict_Type, &given))
+        return NULL;
+    n = fitting(&data, &base, width, map, cast);
+    ok = n >= 0 && is_scale(scale) && planes.len == parse_classes(given, width, n, &of) &&
+         !overlap(&data, &planes) && !overlap(&base, &planes);
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        ok = BY_WIDTH(delta_group, data.buf, base.buf, (size_t)n, map, cast, scale, &of, planes.buf);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&base);
     PyBuffer_Release(&planes);
     if (!ok)
-        return bad_delta();
+        return PyErr_Occurred() ? NULL : bad_delta();
     Py_RETURN_NONE;
 }
 
-static PyObject *py_delta_join(PyObject *self, PyObject *args)
+static PyObject *py_delta_ungroup(PyObject *self, PyObject *args)
 {
-    Py_buffer base, out, held[8];
-    const uint8_t *planes[8] = {NULL};
-    PyObject *given;
-    Py_ssize_t width, n, k, n_held = 0;
-    int map, cast, ok;
+    Py_buffer base, out, held[N_PLANES_MAX];
+    const uint8_t *planes[N_PLANES_MAX] = {NULL}, *digits;
+    PyObject *given, *sizes;
+    Py_ssize_t width, n, k = 0, n_held = 0;
+    size_t c, l;
+    classes of;
+    int map, cast, ok, fits = 0;
     float scale;
     (void)self;
-    if (!PyArg_ParseTuple(args, "O!y*w*niif:delta_join", &PyTuple_Type, &given, &base, &out, &width, &map, &cast,
-                          &scale))
+    if (!PyArg_ParseTuple(args, "O!y*w*niifO!:delta_ungroup", &PyTuple_Type, &given, &base, &out, &width, &map, &cast,
+                          &scale, &PyDict_Type, &sizes))
         return NULL;
     n = fitting(&out, &base, width, map, cast);
-    ok = n >= 0 && is_scale(scale) && PyTuple_Size(given) == width && !overlap(&base, &out);
-    for (k = 0; ok && k < width; k++) {
-        PyObject *plane = PyTuple_GetItem(given, k);
-        if (plane == Py_None)
-            continue;
-        if (PyObject_GetBuffer(plane, &held[n_held], PyBUF_SIMPLE) < 0) {
-            ok = 0;
-            break;
+    ok = n >= 0 && is_scale(scale) && parse_classes(sizes, width, n, &of) >= 0 && !overlap(&base, &out);
+    for (c = 0; ok && c <= of.n; c++) { /* the classes' digits, then the planes of each */
+        for (l = 0; ok && l < (c ? of.lengths[c - 1] : of.n > 1); l++, k++) {
+            size_t size = c ? of.counts[c - 1] : digits_size(of.n, (size_t)n);
+            PyObject *plane = k < PyTuple_Size(given) ? PyTuple_GetItem(given, k) : NULL;
+            if (plane == Py_None)
+                continue;
+            ok = plane && PyObject_GetBuffer(plane, &held[n_held], PyBUF_SIMPLE) == 0;
+            if (!ok)
+                break;
+            planes[k] = held[n_held].buf;
+            ok = (size_t)held[n_held].len == size && !overlap(&held[n_held], &out);
+            n_held++;
         }
-        planes[k] = held[n_held].buf;
-        ok = held[n_held].len == n && !overlap(&held[n_held], &out);
-        n_held++;
     }
+    ok = ok && k == PyTuple_Size(given);
     if (ok) {
+        digits = of.n > 1 ? planes[0] : NULL;
         Py_BEGIN_ALLOW_THREADS
-        BY_WIDTH(delta_join, planes, base.buf, out.buf, (size_t)n, map, cast, scale);
+        fits = BY_WIDTH(delta_ungroup, digits, planes + (of.n > 1), base.buf, out.buf, (size_t)n, map, cast, scale,
+                        &of);
         Py_END_ALLOW_THREADS
     }
     while (n_held > 0)
@@ -898,7 +1145,7 @@ static PyObject *py_delta_join(PyObject *self, PyObject *args)
     PyBuffer_Release(&out);
     if (!ok)
         return PyErr_Occurred() ? NULL : bad_delta();
-    Py_RETURN_NONE;
+    return PyBool_FromLong(fits);
 }
 
 static PyObject *py_count_changed(PyObject *self, PyObject *args)
@@ -991,9 +1238,13 @@ static PyMethodDef methods[] = {
     {"cut", py_cut, METH_VARARGS, "cut(data, ends, align, min_size, max_size, threshold) -> n_ends"},
     {"split_planes", py_split_planes, METH_VARARGS, "split_planes(data, planes, itemsize, rotate)"},
     {"join_planes", py_join_planes, METH_VARARGS, "join_planes(planes, out, itemsize, rotate)"},
-    {"histogram", py_histogram, METH_VARARGS, "histogram(data, counts, step, n_samples)"},
-    {"delta_split", py_delta_split, METH_VARARGS, "delta_split(data, base, planes, itemsize, map, cast, scale)"},
-    {"delta_join", py_delta_join, METH_VARARGS, "delta_join(planes, base, out, itemsize, map, cast, scale)"},
+    {"entropies", py_entropies, METH_VARARGS, "entropies(planes, table, n_samples) -> list of float"},
+    {"delta_lengths", py_delta_lengths, METH_VARARGS,
+     "delta_lengths(data, base, counts, itemsize, map, cast, scale)"},
+    {"delta_group", py_delta_group, METH_VARARGS,
+     "delta_group(data, base, planes, itemsize, map, cast, scale, classes)"},
+    {"delta_ungroup", py_delta_ungroup, METH_VARARGS,
+     "delta_ungroup(planes, base, out, itemsize, map, cast, scale, classes) -> bool"},
     {"count_changed", py_count_changed, METH_VARARGS, "count_changed(data, base, itemsize, cast) -> n"},
     {"sparse_take", py_sparse_take, METH_VARARGS,
      "sparse_take(data, base, places, packed, itemsize, map, cast, bitmap) -> n_places"},

@@ -11,7 +11,7 @@ NaN payloads, -0.0 and denormals come back as they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,14 @@ CAST_WIDTHS = {F32_BF16: (4, 2), F32_F16: (4, 2), F64_F32: (8, 4)}
 #: A scale is between these: what is scaled stays far from infinity and from the denormals.
 SCALE_MIN, SCALE_MAX = 2.0**-6, 2.0
 _WIDTHS = (1, 2, 4, 8)
+#: A length is a class if one in so many differences has it.
+_RARE = 32
+#: Classes that share a byte, by how many there are.
+_DIGITS = {2: 8, 3: 5, 4: 4, 5: 3}
+N_CLASSES_MAX = 5
+
+#: Differences by class: the length of its planes, and how many are of it; ascending.
+Classes: TypeAlias = dict[int, int]
 
 
 class Form(NamedTuple):
@@ -67,16 +75,19 @@ class Form(NamedTuple):
             raise InvalidInputError(f"difference: {self} is out of range")
 
 
-def split(data: U8, base: U8, form: Form, out: U8) -> None:
-    """Write the zigzagged differences into `out` as byte planes.
+def lengths(data: U8, base: U8, form: Form) -> list[int]:
+    """Return how many of the differences have each length: their bytes but for zeros at the top.
 
     Parameters
     ----------
     data : ndarray of uint8, shape (n * form.itemsize,)
     base : ndarray of uint8, shape (n * form.base_itemsize,)
     form : Form
-    out : ndarray of uint8, shape of `data`
-        Plane k holds byte k of every difference, planes one after another; apart from the others.
+
+    Returns
+    -------
+    list of int
+        Differences of 0, 1, ..., `form.itemsize` bytes; n of them in all.
 
     Raises
     ------
@@ -86,63 +97,186 @@ def split(data: U8, base: U8, form: Form, out: U8) -> None:
     Examples
     --------
     >>> data, base = (np.array(x, "<f4").view(np.uint8) for x in ([1.0, 2.0], [1.0000001, 2.0]))
-    >>> out = np.empty(8, np.uint8)
-    >>> split(data, base, Form(4, SUB), out)
-    >>> out
-    array([1, 0, 0, 0, 0, 0, 0, 0], dtype=uint8)
+    >>> lengths(data, base, Form(4, SUB))
+    [1, 1, 0, 0, 0]
     """
-    _check(data, base, form, out)
+    _check(data, base, form)
     if _native is None:
-        split_ref(data, base, form, out)
-    else:
-        _native.delta_split(data, base, out, form.itemsize, form.map, form.cast, form.scale)
+        return lengths_ref(data, base, form)
+    counts = np.empty(form.itemsize + 1, np.int64)
+    _native.delta_lengths(data, base, counts, form.itemsize, form.map, form.cast, form.scale)
+    found: list[int] = counts.tolist()
+    return found
 
 
-def split_ref(data: U8, base: U8, form: Form, out: U8) -> None:
-    """The NumPy twin of `split`."""
-    differences = _differences(data, base, form)
-    bytes_of = differences.view(np.uint8).reshape(-1, form.itemsize)
-    for k, plane in enumerate(out.reshape(form.itemsize, -1)):
-        plane[:] = bytes_of[:, k]
+def lengths_ref(data: U8, base: U8, form: Form) -> list[int]:
+    """The NumPy twin of `lengths`."""
+    found: list[int] = np.bincount(
+        _lengths_of(_differences(data, base, form)), minlength=form.itemsize + 1
+    ).tolist()
+    return found
 
 
-def join(planes: Sequence[U8 | None], base: U8, form: Form, out: U8) -> None:
-    """Undo `split`: fill `out` from the planes of the differences, and the base.
+def classes(counts: Sequence[int]) -> Classes:
+    """Return into which classes differences are best grouped, given how many there are of each length.
+
+    A length that fewer than one in 32 have is no class of its own: those are stored with a byte more.  It
+    would make the digits of all longer, by up to half a bit.
+
+    Examples
+    --------
+    >>> classes([0, 10, 500, 490, 0])
+    {2: 510, 3: 490}
+    >>> classes([0, 0, 0, 0, 0])
+    {0: 0}
+    """
+    n = sum(counts)
+    longest = max((length for length, count in enumerate(counts) if count), default=0)
+    for rare in (_RARE, 16, 8, 4):  # above a fourth are three at most, and the longest
+        found: Classes = {}
+        waiting = 0
+        for length, count in enumerate(counts[: longest + 1]):
+            waiting += count
+            if length == longest or waiting * rare > n:
+                found[length] = waiting
+                waiting = 0
+        if len(found) <= N_CLASSES_MAX:
+            break
+    return found
+
+
+def plane_sizes(of: Classes) -> list[int]:
+    """Return the bytes of each plane that differences are grouped into, in order.
+
+    Examples
+    --------
+    >>> plane_sizes({1: 10, 3: 4})
+    [2, 10, 4, 4, 4]
+    """
+    digits = -(-sum(of.values()) // _DIGITS[len(of)]) if len(of) > 1 else 0
+    return [*([digits] if len(of) > 1 else []), *(n for length, n in of.items() for _ in range(length))]
+
+
+def group(data: U8, base: U8, form: Form, of: Classes, out: U8) -> None:
+    """Write the zigzagged differences into `out`: which class each is of, then the bytes of each class.
 
     Parameters
     ----------
-    planes : sequence of ndarray of uint8 or None, each of shape (n,)
-        None: all zeros.
-    base, form, out
-        As of `split`, `out` being the chunk.
+    data, base : ndarray of uint8
+        As of `lengths`.
+    form : Form
+    of : dict
+        As `classes` says, of these differences.
+    out : ndarray of uint8, shape (sum of `plane_sizes`,)
+        If there are several classes, the number of each difference's class, the first 0, several to a byte:
+        digits of a number to the base of how many classes there are, the first the lowest.  Then the planes
+        of each class: byte 0 of each of its differences, byte 1, up to its length.
+
+    Raises
+    ------
+    InvalidInputError
+        If sizes do not fit, the classes are those of other differences, or `form` is out of range.
+
+    Examples
+    --------
+    >>> data, base = np.array([7, 7, 9, 7], np.uint8), np.full(4, 7, np.uint8)
+    >>> out = np.empty(2, np.uint8)
+    >>> group(data, base, Form(1, INTEGER), {0: 3, 1: 1}, out)
+    >>> out
+    array([4, 4], dtype=uint8)
+    """
+    _check(data, base, form)
+    _check_classes(of, data.size // form.itemsize, form)
+    if out.size != sum(plane_sizes(of)):
+        raise InvalidInputError(f"difference: {out.size} bytes for {of}")
+    if _native is None:
+        group_ref(data, base, form, of, out)
+        return
+    try:
+        _native.delta_group(data, base, out, form.itemsize, form.map, form.cast, form.scale, of)
+    except ValueError as e:
+        raise InvalidInputError(f"difference: {e}") from e
+
+
+def group_ref(data: U8, base: U8, form: Form, of: Classes, out: U8) -> None:
+    """The NumPy twin of `group`."""
+    differences = _differences(data, base, form)
+    class_of = np.searchsorted(np.array(list(of)), _lengths_of(differences))
+    if np.bincount(class_of, minlength=len(of)).tolist() != list(of.values()):
+        raise InvalidInputError(f"difference: the classes are not {of}")
+    parts = []
+    if len(of) > 1:
+        per = _DIGITS[len(of)]
+        digits = np.zeros(-(-len(class_of) // per) * per, np.int64)
+        digits[: len(class_of)] = class_of
+        parts.append((digits.reshape(-1, per) * len(of) ** np.arange(per)).sum(axis=1).astype(np.uint8))
+    for number, length in enumerate(of):
+        some = differences[class_of == number].view(np.uint8).reshape(-1, form.itemsize)
+        parts += [some[:, k] for k in range(length)]
+    np.concatenate([np.empty(0, np.uint8), *parts], out=out)
+
+
+def ungroup(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, out: U8) -> bool:
+    """Undo `group`: fill `out` from the planes of the differences, and the base.
+
+    Parameters
+    ----------
+    planes : sequence of ndarray of uint8 or None
+        Of `plane_sizes` each.  None: all zeros.
+    base, form, of
+        As of `group`.
+    out : ndarray of uint8, shape (n * form.itemsize,)
+
+    Returns
+    -------
+    bool
+        False if the first plane does not name exactly as many of each class; `out` is then of no use.
 
     Raises
     ------
     InvalidInputError
         If sizes do not fit or `form` is out of range.
     """
-    _check(out, base, form, out[:0])
+    _check(out, base, form)
     n = out.size // form.itemsize
-    if len(planes) != form.itemsize or any(p is not None and p.size != n for p in planes):
-        raise InvalidInputError(f"difference: {len(planes)} planes do not give {n} elements")
+    _check_classes(of, n, form)
+    sizes = plane_sizes(of)
+    if len(planes) != len(sizes) or any(
+        p is not None and p.size != size for p, size in zip(planes, sizes, strict=True)
+    ):
+        raise InvalidInputError(f"difference: {len(planes)} planes do not give {of}")
     if _native is None:
-        join_ref(planes, base, form, out)
-    else:
-        _native.delta_join(tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale)
+        return ungroup_ref(planes, base, form, of, out)
+    fits: bool = _native.delta_ungroup(
+        tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale, of
+    )
+    return fits
 
 
-def join_ref(planes: Sequence[U8 | None], base: U8, form: Form, out: U8) -> None:
-    """The NumPy twin of `join`."""
-    differences = np.zeros((out.size // form.itemsize, form.itemsize), np.uint8)
-    for k, plane in enumerate(planes):
-        if plane is not None:
-            differences[:, k] = plane
+def ungroup_ref(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, out: U8) -> bool:
+    """The NumPy twin of `ungroup`."""
+    n = out.size // form.itemsize
+    given = iter(planes)
+    class_of = np.zeros(n, np.int64)
+    if len(of) > 1 and (digits := next(given)) is not None:
+        each = digits[:, None].astype(np.int64) // len(of) ** np.arange(_DIGITS[len(of)]) % len(of)
+        class_of = each.ravel()[:n]
+    if np.bincount(class_of, minlength=len(of)).tolist() != list(of.values()):
+        return False
+    differences = np.zeros((n, form.itemsize), np.uint8)
+    for number, length in enumerate(of):
+        at = np.flatnonzero(class_of == number)
+        for k in range(length):
+            plane = next(given)
+            if plane is not None:
+                differences[at, k] = plane
     _apply(differences.reshape(-1).view(_uint(form.itemsize)), _prepared(base, form), form, out)
+    return True
 
 
 def count_changed(data: U8, base: U8, form: Form) -> int:
     """Return how many elements differ from the base's, cast but not scaled."""
-    _check(data, base, form, out=None)
+    _check(data, base, form)
     if _native is None:
         return count_changed_ref(data, base, form)
     n: int = _native.count_changed(data, base, form.itemsize, form.cast)
@@ -190,7 +324,7 @@ def take(data: U8, base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8
     >>> places[:1].tolist(), packed.tolist()
     ([2], [4])
     """
-    _check(data, base, form, out=None)
+    _check(data, base, form)
     if form.scale != 1.0:
         raise InvalidInputError("difference: what is sparse is not scaled")
     if _native is None:
@@ -229,7 +363,7 @@ def put(base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8, out: U8) 
     bool
         False if `places` are not as many as the differences, or lie outside; `out` is then of no use.
     """
-    _check(out, base, form, out[:0])
+    _check(out, base, form)
     if packed.size % form.itemsize or form.scale != 1.0:
         raise InvalidInputError("difference: packed elements are cut, or scaled")
     if _native is None:
@@ -267,7 +401,7 @@ def cast(data: U8, number: int) -> U8:
     """
     wide, narrow = CAST_WIDTHS[number]
     out = np.empty(data.size // wide * narrow, np.uint8)
-    join([None] * narrow, data, Form(narrow, INTEGER, number), out)
+    ungroup([], data, Form(narrow, INTEGER, number), {0: data.size // wide}, out)
     return out
 
 
@@ -288,6 +422,14 @@ def _apply(differences: npt.NDArray[Any], prepared: npt.NDArray[Any], form: Form
     one = differences.dtype.type(1)
     steps = (differences >> one) ^ (~(differences & one) + one)
     out.view(differences.dtype)[:] = _unmapped(_mapped(prepared, form.map) + steps, form.map)
+
+
+def _lengths_of(differences: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    limits = [differences.dtype.type((1 << 8 * k) - 1) for k in range(differences.itemsize)]
+    found: npt.NDArray[np.int64] = sum(
+        (differences > limit for limit in limits), np.zeros(len(differences), np.int64)
+    )
+    return found
 
 
 def _spread_sign(v: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -384,12 +526,18 @@ def _narrowed(v: npt.NDArray[Any], source: tuple[int, int], target: tuple[int, i
     return np.where(is_nan, quiet, out | (sign << np.uint64(exp_out + man_out)))
 
 
-def _check(data: U8, base: U8, form: Form, out: U8 | None) -> None:
+def _check(data: U8, base: U8, form: Form) -> None:
     form.check()
     n = data.size // form.itemsize
     if data.size % form.itemsize or base.size != n * form.base_itemsize:
         raise InvalidInputError(f"difference: {data.size} bytes against {base.size}, as {form}")
-    if out is not None and out.size and out.size != data.size:
-        raise InvalidInputError(f"difference: {out.size} bytes for {data.size}")
     for array in (data, base):
         kernels.check_bytes("difference", array)
+
+
+def _check_classes(of: Classes, n: int, form: Form) -> None:
+    found = list(of)
+    ok = 0 < len(found) <= N_CLASSES_MAX and found == sorted(found)
+    ok = ok and found[0] >= 0 and found[-1] <= form.itemsize
+    if not ok or sum(of.values()) != n or min(of.values()) < 0:
+        raise InvalidInputError(f"difference: {n} elements of {form.itemsize} bytes are not of classes {of}")

@@ -45,10 +45,12 @@ def group_of(name: str, dtype: str, shape: Sequence[int]) -> Group:
     --------
     >>> group_of("model.fc.weight", "float32", (3, 2)), group_of("optimizer.state.0.exp_avg", "float32", (3,))
     ('weights', 'moments')
+    >>> group_of("opt_state/0/mu/Dense_0/kernel", "float32", (3, 2))
+    'moments'
     >>> group_of("optimizer.state.0.step", "float32", ()), group_of("rng", "uint8", (5056,))
     ('other', 'other')
     """
-    parts = name.lower().split(".")
+    parts = name.lower().replace("/", ".").split(".")
     is_floats = dtype.startswith(_FLOATS) and len(shape) > 0
     is_optimizers = any(part.startswith(_OPTIMIZERS) for part in parts[:-1])
     if is_floats and (is_optimizers or parts[-1] in _MOMENTS):

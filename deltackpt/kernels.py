@@ -8,6 +8,8 @@ Never  does I/O, decides how a chunk is stored, or knows what a tensor is.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -393,63 +395,64 @@ def entropy(data: U8, n_samples: int = 4096) -> float:
     Notes
     -----
     The sample is every `step`-th byte; `step` is odd, so that rows of 2**k elements do not give one column
-    only.  Compiled and NumPy kernels count alike, and one sum over the counts serves both.
+    only.  Counts by a table of ``c * log2(c)`` in whole numbers, so that C and NumPy sum to the same bit.
 
     Examples
     --------
     >>> entropy(np.arange(256, dtype=np.uint8))
     8.0
     """
-    return plane_entropies(data, 1, n_samples)[0]
+    return entropies([data], n_samples)[0]
 
 
 def entropy_ref(data: U8, n_samples: int = 4096) -> float:
     """The NumPy twin of `entropy`."""
-    return plane_entropies_ref(data, 1, n_samples)[0]
+    return entropies_ref([data], n_samples)[0]
 
 
-def plane_entropies(planes: U8, n_planes: int, n_samples: int = 4096) -> list[float]:
-    """The `entropy` of each of several planes of one size, one after another in memory.
+def entropies(planes: Sequence[U8], n_samples: int = 4096) -> list[float]:
+    """The `entropy` of each of several planes.
 
     Examples
     --------
-    >>> plane_entropies(np.array([7, 7, 7, 7, 1, 2, 3, 4], np.uint8), 2)
+    >>> entropies([np.array([7, 7, 7], np.uint8), np.array([1, 2, 3, 4], np.uint8)])
     [0.0, 2.0]
     """
+    _check_sample(planes, n_samples)
     if _native is None:
-        return plane_entropies_ref(planes, n_planes, n_samples)
-    step, n = _sample(planes, n_planes, n_samples)
-    counts = np.empty((n_planes, 256), np.int64)
-    size = planes.size // n_planes
-    for k, row in enumerate(counts):
-        _native.histogram(planes[k * size : (k + 1) * size], row, step, n)
-    return _entropies_of_counts(counts, n)
+        return entropies_ref(planes, n_samples)
+    found: list[float] = _native.entropies(tuple(planes), _logs(_n_most(planes, n_samples)), n_samples)
+    return found
 
 
-def plane_entropies_ref(planes: U8, n_planes: int, n_samples: int = 4096) -> list[float]:
-    """The NumPy twin of `plane_entropies`."""
-    step, n = _sample(planes, n_planes, n_samples)
-    each = planes.reshape(n_planes, -1)[:, ::step][:, :n]
-    return _entropies_of_counts(np.array([np.bincount(plane, minlength=256) for plane in each]), n)
+def entropies_ref(planes: Sequence[U8], n_samples: int = 4096) -> list[float]:
+    """The NumPy twin of `entropies`."""
+    _check_sample(planes, n_samples)
+    logs = _logs(_n_most(planes, n_samples))
+    found = []
+    for plane in planes:
+        step = max(1, (plane.size // n_samples - 1) | 1)
+        sample = plane[::step][:n_samples]
+        rest = int(logs[sample.size] - logs[np.bincount(sample, minlength=256)].sum())
+        found.append(rest / (sample.size * 2.0**32) if sample.size else 0.0)
+    return found
 
 
-def _sample(planes: U8, n_planes: int, n_samples: int) -> tuple[int, int]:
-    """Odd step between samples and how many there are."""
-    check_bytes("entropy: data", planes)
+def _check_sample(planes: Sequence[U8], n_samples: int) -> None:
     if n_samples < 1:
         raise InvalidInputError(f"entropy: n_samples is {n_samples}, expected 1 or more")
-    if n_planes < 1 or planes.size % n_planes:
-        raise InvalidInputError(f"entropy: {planes.size} bytes are not {n_planes} planes of one size")
-    size = planes.size // n_planes
-    step = max(1, (size // n_samples - 1) | 1)
-    return step, min(n_samples, -(-size // step))
+    for plane in planes:
+        check_bytes("entropy: data", plane)
 
 
-def _entropies_of_counts(counts: npt.NDArray[np.integer[Any]], n: int) -> list[float]:
-    if not n:
-        return [0.0] * len(counts)
-    many = counts.astype(np.float64)
-    bits = np.log2(n) - (many * np.log2(np.maximum(many, 1.0))).sum(axis=1) / n
-    # maximum: a single value sums to -0.0, or to a rounding error below it.
-    result: list[float] = np.maximum(bits, 0.0).tolist()
-    return result
+def _n_most(planes: Sequence[U8], n_samples: int) -> int:
+    """Return a number that no sample is larger than, the same for all that are small."""
+    return 4096 if n_samples <= 4096 else min(n_samples, max((plane.size for plane in planes), default=0))
+
+
+@lru_cache(maxsize=2)
+def _logs(n_most: int) -> I64:
+    """``c * log2(c)`` of counts up to `n_most`, in 2**-32."""
+    counts = np.arange(n_most + 1)
+    logs: I64 = np.rint(counts * np.log2(np.maximum(counts, 1)) * 2.0**32).astype(np.int64)
+    return logs

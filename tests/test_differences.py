@@ -134,6 +134,49 @@ def test_a_delta_without_its_base_and_a_whole_chunk_with_one_are_damage():
         codecs.decode(3, payload, 4, data.copy(), "here", data[:7])
 
 
+# -- classes
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    ("of", "n_bytes"),
+    [
+        ([960, 0, 0, 0, 0], 0),
+        ([0, 0, 0, 0, 960], 4 * 960),
+        ([480, 480, 0, 0, 0], 120 + 480),
+        ([0, 320, 320, 320, 0], 192 + 320 * 6),
+        ([1, 480, 0, 0, 479], 120 + 481 + 4 * 479),  # one of no byte is stored in one
+        ([192, 192, 192, 192, 192], 320 + 192 * 10),
+    ],
+)
+def test_differences_take_the_bytes_of_their_class_and_its_digit(of, n_bytes, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(differences, "_native", None)
+    rng = np.random.default_rng(0)
+    stored = np.concatenate([rng.integers(256**k // 256, 256**k, n) for k, n in enumerate(of)]).astype("<u4")
+    rng.shuffle(stored)
+    base = rng.integers(0, 1 << 32, 960).astype("<u4")
+    data = (base + ((stored >> 1) ^ (0 - (stored & 1)))).astype("<u4")
+    data, base, form = data.view(np.uint8), base.view(np.uint8), Form(4, INTEGER)
+    assert differences.lengths(data, base, form) == of
+    found = differences.classes(of)
+    sizes = differences.plane_sizes(found)
+    assert sum(sizes) == n_bytes
+    out, back = np.empty(n_bytes, np.uint8), np.empty_like(data)
+    differences.group(data, base, form, found, out)
+    planes = np.split(out, np.cumsum(sizes)[:-1])
+    assert differences.ungroup(planes if sizes else [], base, form, found, back)
+    assert (back == data).all()
+    if len(found) > 1:  # another class for one element: then they are not as many as they say
+        planes[0][0] ^= 1
+        assert not differences.ungroup(planes, base, form, found, back)
+
+
+def test_there_are_five_classes_at_most():
+    assert list(differences.classes([100] * 9)) == [1, 3, 5, 7, 8]
+    assert list(differences.classes([1000, 50, 50, 50, 50, 50, 50, 50, 1])) == [0, 2, 4, 6, 8]
+
+
 # -- casts
 
 
@@ -187,7 +230,7 @@ def test_no_scale_meets_a_denormal_or_infinity(width, native, monkeypatch):
     for scale in (float(np.nextafter(np.float32(2.0**-6), np.float32(1))), 1.9999999):
         form = Form(width, INTEGER, scale=float(np.float32(scale)))
         out = np.empty(bits.nbytes, np.uint8)
-        differences.join([None] * width, bits.view(np.uint8), form, out)
+        differences.ungroup([], bits.view(np.uint8), form, {0: exponents}, out)
         scaled = out.view(bits.dtype)
         stays = (np.arange(exponents) < 9) | (np.arange(exponents) >= exponents - 2)
         assert (scaled[stays] == bits[stays]).all()
@@ -208,7 +251,8 @@ def test_a_scale_is_a_multiplication_rounded_to_nearest(width, native, monkeypat
         values[::3] = rng.integers(1, 1 << 7, values[::3].size).astype(dtype)  # ties
         out = np.empty(values.nbytes, np.uint8)
         by = np.float32(scale)
-        differences.join([None] * width, values.view(np.uint8), Form(width, INTEGER, scale=float(by)), out)
+        form = Form(width, INTEGER, scale=float(by))
+        differences.ungroup([], values.view(np.uint8), form, {0: values.size}, out)
         exact = values.astype(np.float32) * by if width == 2 else values * values.dtype.type(by)
         assert out.tobytes() == exact.astype(dtype).tobytes()
 
@@ -225,7 +269,7 @@ def test_no_rounding_mode_changes_a_scale(width):
         for mode in (0, 0x400, 0x800, 0xC00):  # to nearest, down, up, to zero
             out = np.empty_like(values)
             assert libm.fesetround(mode) == 0
-            differences.join([None] * width, values, form, out)
+            differences.ungroup([], values, form, {0: 5000}, out)
             outs.append(out.tobytes())
     finally:
         libm.fesetround(0)
@@ -335,12 +379,18 @@ def test_forms_and_sizes_that_do_not_fit_are_refused():
         Form(4, SUB, scale=2.0**-6),
     ):
         with pytest.raises(InvalidInputError):
-            differences.split(eight, eight, form, np.empty(8, np.uint8))
+            differences.lengths(eight, eight, form)
     for call in (
-        lambda: differences.split(eight, four, Form(4, SUB), np.empty(8, np.uint8)),
-        lambda: differences.split(eight, eight, Form(4, SUB), np.empty(4, np.uint8)),
-        lambda: differences.join([None] * 3, eight, Form(4, SUB), np.empty(8, np.uint8)),
-        lambda: differences.join([None] * 3 + [eight], eight, Form(4, SUB), np.empty(8, np.uint8)),
+        lambda: differences.lengths(eight, four, Form(4, SUB)),
+        lambda: differences.group(eight, four, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
+        lambda: differences.group(eight, eight, Form(4, SUB), {4: 2}, np.empty(4, np.uint8)),
+        lambda: differences.group(eight, eight, Form(4, SUB), {0: 1, 4: 1}, np.empty(5, np.uint8)),
+        lambda: differences.group(eight, eight, Form(4, SUB), {4: 1, 0: 1}, np.empty(5, np.uint8)),
+        lambda: differences.group(eight, eight, Form(4, SUB), {5: 2}, np.empty(10, np.uint8)),
+        lambda: differences.ungroup([None] * 3, eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
+        lambda: differences.ungroup([None] * 3 + [eight], eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
+        lambda: differences.ungroup([None] * 4, eight, Form(4, SUB), {4: 1}, np.empty(8, np.uint8)),
+        lambda: differences.ungroup([], eight, Form(4, SUB), {}, np.empty(8, np.uint8)),
         lambda: differences.count_changed(four, eight, Form(4, SUB)),
         lambda: differences.take(
             eight, eight, Form(4, SUB, scale=0.5), bitmap=True, places=eight.copy(), packed=four[:0]

@@ -1,9 +1,11 @@
-"""Codec 3: the difference of every element to the base's, as byte planes.
+"""Codec 3: the difference of every element to the base's, grouped by how many bytes it has.
 
-    map: u8 | cast: u8 | itemsize: u8 | n_tail: u8 | offset: u32 | scale: f32 | planes as in coder.py | tail
+    map: u8 | cast: u8 | itemsize: u8 | n_tail: u8 | offset: u32 | scale: f32 | lengths: u16 | 0: u16
+    | n: u32 for each bit of `lengths` | planes as in coder.py | tail
 
-The differences are those of differences.py: small numbers where little changed, so the upper planes are
-all zero or of few symbols.
+Bit l of `lengths`: there are differences stored with l bytes, n of them.  The planes are those of
+differences.group.  Where most differences have two bytes and some three, the third byte of those few costs
+its own entropy and a bit for each of all, which is less than a plane of bytes that are mostly zero.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import numpy as np
 from deltackpt import differences
 from deltackpt.codecs import coder
 from deltackpt.codecs.chunk import Base, Kind, Mode
-from deltackpt.differences import Form
+from deltackpt.differences import N_CLASSES_MAX, Form
 from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.types import U8
 
 NUMBER = 3
 NAME = "delta-dense"
 
-_HEAD = struct.Struct("<BBBBIf")
+_HEAD = struct.Struct("<BBBBIfHH")
 
 
 def part(data: U8, kind: Kind, base: Base) -> U8 | None:
@@ -35,16 +37,26 @@ def part(data: U8, kind: Kind, base: Base) -> U8 | None:
 def split(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> coder.Split:
     """Split the differences into `buffer`."""
     itemsize = kind.itemsize
-    n = data.size // itemsize
-    whole = n * itemsize
+    whole = data.size // itemsize * itemsize
     form = Form(itemsize, mode.map or 0, base.cast, mode.scale)
     compared = part(data, kind, base)
     if compared is None:
         raise InvalidInputError(f"base has {base.data.size} bytes, a chunk of {data.size} at {base.offset}")
-    out = coder.body(buffer, _HEAD.size, itemsize)[:whole]
-    differences.split(data[:whole], compared, form, out)
-    head = _HEAD.pack(form.map, form.cast, itemsize, data.size - whole, base.offset, form.scale)
-    return coder.Split(head, *coder.judged(out, itemsize), data[whole:], buffer)
+    of = differences.classes(differences.lengths(data[:whole], compared, form))
+    head = _HEAD.pack(
+        form.map,
+        form.cast,
+        itemsize,
+        data.size - whole,
+        base.offset,
+        form.scale,
+        sum(1 << length for length in of),
+        0,
+    ) + struct.pack(f"<{len(of)}I", *of.values())
+    sizes = differences.plane_sizes(of)
+    out = coder.body(buffer, len(head), len(sizes))[: sum(sizes)]
+    differences.group(data[:whole], compared, form, of, out)
+    return coder.Split(head, *coder.judged(out, sizes), data[whole:], buffer)
 
 
 def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
@@ -56,13 +68,23 @@ def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
     """Undo `encode`, given the base chunk's bytes."""
     if payload.size < _HEAD.size:
         raise CorruptError(f"payload has {payload.size} bytes, its header needs {_HEAD.size}")
-    map_, cast, found_itemsize, n_tail, offset, scale = _HEAD.unpack_from(payload)
+    map_, cast, found_itemsize, n_tail, offset, scale, mask, zero = _HEAD.unpack_from(payload)
     n = out.size // itemsize
     form = checked(Form(itemsize, map_, cast, scale))
-    if found_itemsize != itemsize or n_tail != out.size % itemsize:
-        raise CorruptError(f"header {found_itemsize, n_tail} does not fit {out.size} bytes of {itemsize}")
-    planes, tail = coder.decode(payload, _HEAD.size, [n] * itemsize, n_tail)
-    differences.join(planes, compared(base, offset, n, form), form, out[: n * itemsize])
+    lengths = [length for length in range(16) if mask >> length & 1]
+    if found_itemsize != itemsize or n_tail != out.size % itemsize or zero:
+        raise CorruptError(
+            f"header {found_itemsize, n_tail, zero} does not fit {out.size} bytes of {itemsize}"
+        )
+    head_size = _HEAD.size + 4 * len(lengths)
+    if not 0 < len(lengths) <= N_CLASSES_MAX or lengths[-1] > itemsize or payload.size < head_size:
+        raise CorruptError(f"payload of {payload.size} bytes with lengths {lengths} of {itemsize} at most")
+    of = dict(zip(lengths, struct.unpack_from(f"<{len(lengths)}I", payload, _HEAD.size), strict=True))
+    if sum(of.values()) != n:
+        raise CorruptError(f"{of} are not {n} elements")
+    planes, tail = coder.decode(payload, head_size, differences.plane_sizes(of), n_tail)
+    if not differences.ungroup(planes, compared(base, offset, n, form), form, of, out[: n * itemsize]):
+        raise CorruptError(f"the classes of {n} elements are not {of}")
     out[n * itemsize :] = tail
 
 

@@ -20,9 +20,7 @@ from deltackpt.types import U8
 _GAIN_MIN = 0.02
 #: lz4 is judged by four pieces of this size, spread over the chunk: 16 KiB tell ratios to about 1 %.
 _PIECE_SIZE = 4096
-#: Smaller chunks are only judged: an attempt costs 100 us, as much as 100 KiB.
-_TRY_SIZE_MIN = 16384
-#: Of larger ones this much is tried.
+#: This much of a chunk is tried.
 _TRY_SIZE = 65536
 #: Bytes of floats that vary have 7 bits of entropy and more, whole numbers and zeros less than this.
 _PLAIN_BITS = 5.0
@@ -115,10 +113,6 @@ def best_mode(chunk: Chunk) -> Mode:
     data, kind, buffer, base, _ = chunk
     if base is None or dense.part(data, kind, base) is None:
         return WHOLE
-    if data.size < _TRY_SIZE_MIN:
-        expected = {m: coder.expected_size(_delta(data, kind, base, m, buffer).split) for m in _modes(chunk)}
-        expected[WHOLE] = coder.expected_size(planes.split(data, kind, buffer))
-        return min(expected, key=expected.__getitem__)
     piece = chunk._replace(data=data[:_TRY_SIZE])
     modes = _modes(piece)
     whole = len(encode_all([piece._replace(base=None)])[0].payload)

@@ -46,7 +46,7 @@ def split(data: U8, kind: Kind, buffer: U8) -> coder.Split:
     out = coder.body(buffer, _HEAD.size, itemsize)[:whole]
     kernels.split_planes(data[:whole], itemsize, kind.is_float, out)
     head = _HEAD.pack(kind.is_float, itemsize, data.size - whole, 0)
-    return coder.Split(head, *coder.judged(out, itemsize), data[whole:], buffer)
+    return coder.Split(head, *coder.judged(out, [whole // itemsize] * itemsize), data[whole:], buffer)
 
 
 def has_noise(planes: coder.Split) -> bool:

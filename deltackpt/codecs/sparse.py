@@ -75,7 +75,7 @@ def split(data: U8, kind: Kind, base: Base, mode: Mode, n_changed: int, buffer: 
     out[:size] = places[:size]
     planes = out[size : size + packed.size]
     kernels.split_planes(packed, itemsize, False, planes)
-    parts, bits = coder.judged(planes, itemsize)
+    parts, bits = coder.judged(planes, [n_changed] * itemsize)
     # The places are runs or gaps, never noise: zstd tells what they take.
     return coder.Split(head, [out[:size], *parts], [coder.TRY, *bits], data[whole:], buffer)
 

@@ -171,11 +171,16 @@ def loop(seconds: float, seed: int) -> None:
         places = places[
             : differences.take(data, base, form, bitmap=bitmap, places=places, packed=packed)
         ].copy()
-        step, n_samples = int(rng.integers(1, 5)), int(rng.integers(0, 400))
-        sampled = some_bytes((n_samples - 1) * step + 1 if n_samples else 0)
+        n_samples, logs = int(rng.integers(0, 400)), np.zeros(int(rng.integers(1, 400)), np.int64)
         ends = np.empty(8 * int(rng.integers(1, 1 + data.size // 64 + 1)), np.uint8)
         align, cut_at = int(rng.choice([2, 4, 8])), int(rng.choice([0, 1 << 30, (1 << 32) - 1]))
-        planes = [some_bytes(n) for _ in range(width)]
+        scaled = form._replace(scale=scale)
+        of = differences.classes(differences.lengths(data, base, scaled))
+        sizes = differences.plane_sizes(of)
+        grouped = np.empty(sum(sizes), np.uint8)
+        differences.group(data, base, scaled, of, grouped)
+        planes = np.split(grouped, np.cumsum(sizes)[:-1]) if sizes else []
+        wrong = {k + int(rng.integers(-1, 2)): v + int(rng.integers(-1, 2)) for k, v in of.items()}
 
         def off(buffer: np.ndarray) -> np.ndarray:
             """Its own memory, mostly as large as it should be."""
@@ -188,8 +193,32 @@ def loop(seconds: float, seed: int) -> None:
 
         out = np.empty(n * width, np.uint8)
         calls = [
-            lambda: native.delta_split(off(data), off(base), off(out), width, map_, cast, scale),
-            lambda: native.delta_join(tuple(map(off, planes)), off(base), off(out), width, map_, cast, scale),
+            lambda: native.delta_lengths(
+                off(data),
+                off(base),
+                np.empty(width + int(rng.integers(3)), np.int64),
+                width,
+                map_,
+                cast,
+                scale,
+            ),
+            lambda: native.delta_group(off(data), off(base), off(grouped), width, map_, cast, scale, of),
+            lambda: native.delta_ungroup(
+                tuple(map(off, planes)), off(base), off(out), width, map_, cast, scale, of
+            ),
+            lambda: native.delta_ungroup(
+                tuple(map(hostile, planes)), base, off(out), width, map_, cast, scale, of
+            ),
+            lambda: native.delta_ungroup(
+                (hostile(planes[0]) if planes else None, *planes[1:]),
+                base,
+                out,
+                width,
+                map_,
+                cast,
+                scale,
+                of,
+            ),
             lambda: native.count_changed(off(data), off(base), width, cast),
             lambda: native.sparse_take(
                 off(data), off(base), off(places), off(packed), width, map_, cast, bitmap
@@ -202,13 +231,15 @@ def loop(seconds: float, seed: int) -> None:
             ),
             lambda: native.split_planes(off(data), off(out), width, bitmap),
             lambda: native.join_planes(off(data), off(out), width, bitmap),
-            lambda: native.histogram(off(sampled), off(np.empty(2048, np.uint8)), step, n_samples),
+            lambda: native.entropies((data, base, data[:0]), logs, n_samples),
             lambda: native.cut(off(data), off(ends), align, 64, 128, cut_at),
             # Numbers that no caller may give.
-            lambda: native.delta_split(data, base, out, int(rng.integers(-1, 10)), map_, 9 - cast, scale),
-            lambda: native.delta_join((planes[0],) * 9, base, out, 9, map_, cast, scale),
+            lambda: native.delta_group(data, base, grouped, width, map_, cast, scale, wrong),
+            lambda: native.delta_ungroup(tuple(planes), base, out, width, map_, cast, scale, wrong),
+            lambda: native.delta_group(data, base, out, int(rng.integers(-1, 10)), map_, 9 - cast, scale, of),
+            lambda: native.delta_ungroup((None,) * 40, base, out, width, map_, cast, scale, {8: n}),
             lambda: native.sparse_put(base, out, places, packed, width, int(rng.integers(-2, 6)), -1, bitmap),
-            lambda: native.histogram(sampled, np.empty(2048, np.uint8), -step, sys.maxsize),
+            lambda: native.entropies((data,), logs[:1], sys.maxsize),
         ]
         with contextlib.suppress(ValueError, InvalidInputError):
             calls[rng.integers(len(calls))]()

@@ -7,7 +7,6 @@ Never  writes, or knows about states, steps and runs.
 from __future__ import annotations
 
 import mmap
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,11 +16,11 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from deltackpt.errors import CorruptError
+from deltackpt.errors import CorruptError, NotFoundError
 from deltackpt.format import CHUNK_SIZE_MAX, LIST_ROW
 from deltackpt.layout import Layout, touched
+from deltackpt.links import Wanted
 from deltackpt.manifest import TensorRow, list_from_bytes
-from deltackpt.scratch import Scratch
 from deltackpt.store import Store, n_threads, workers
 from deltackpt.types import U8
 
@@ -221,11 +220,19 @@ def _read_all(
     order = np.lexsort((found["offset"], found["pack"]))
 
     def some(numbers: list[int]) -> None:
+        rows, wanted = [], []
         for i in numbers:
             row, out = place(i)
             base = place(base_at[i])[1] if base_at[i] >= 0 else None
-            with _naming(row):
-                store.read_into(ids[i].tobytes(), found[i], out, bases, base)
+            rows.append(row)
+            wanted.append(Wanted(ids[i].tobytes(), found[i], out, base))
+        try:
+            store.read_copies(wanted, bases)
+        except (CorruptError, NotFoundError):
+            # Alone, each finds another copy, or says what is wrong with it.
+            for row, (chunk_id, at, out, base) in zip(rows, wanted, strict=True):
+                with _naming(row):
+                    store.read_into(chunk_id, at, out, bases, base)
 
     for n in range(int(rounds.max(initial=0)) + 1):
         window: _Window[None] = _Window(4 * n_threads())
@@ -274,19 +281,9 @@ def check(store: Store, rows: Sequence[TensorRow]) -> None:
     chunks, owners = chunks[at], owners[at]
 
     def place(i: int) -> tuple[TensorRow, U8]:
-        return rows[owners[i]], _decoded.scratch.of(int(chunks["size"][i]))
+        return rows[owners[i]], np.empty(int(chunks["size"][i]), np.uint8)
 
     _read_all(store, chunks, place, is_kept=False)
-
-
-class _Decoded(threading.local):
-    """What each thread decodes into when nobody wants the bytes."""
-
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_decoded = _Decoded()
 
 
 class _Window(Generic[R]):

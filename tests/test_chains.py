@@ -295,7 +295,7 @@ def test_a_chain_costs_one_read_a_link(monkeypatch):
     calls = calls_of(monkeypatch, store.backend)
     assert in_store(arrays[4], store)
     assert len(calls) == 5
-    assert all(header == RECORD_HEADER.size for header, _ in calls)
+    assert all(record > RECORD_HEADER.size for (record,) in calls)
 
 
 @pytest.mark.parametrize("link", range(4))

@@ -422,13 +422,13 @@ class Paused:
     """Does something else once, in the middle of a load: after the first chunk was read."""
 
     def __init__(self, store, meanwhile):
-        self.read_copy, self.meanwhile = store._read_copy, meanwhile
-        store._read_copy = self
+        self.read_copies, self.meanwhile = store.read_copies, meanwhile
+        store.read_copies = self
 
     def __call__(self, *args):
         meanwhile, self.meanwhile = self.meanwhile, lambda: None
         meanwhile()
-        return self.read_copy(*args)
+        return self.read_copies(*args)
 
 
 def test_a_load_goes_on_when_gc_rewrites_packs_and_index_under_it():

@@ -66,26 +66,35 @@ def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
 
 def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
     """Undo `encode`, given the base chunk's bytes."""
+    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out, base)
+
+
+def table(payload: U8, itemsize: int, size: int) -> coder.Table:
+    """Return what a payload is to hold if it is of a chunk of `size` bytes."""
     if payload.size < _HEAD.size:
         raise CorruptError(f"payload has {payload.size} bytes, its header needs {_HEAD.size}")
     map_, cast, found_itemsize, n_tail, offset, scale, mask, zero = _HEAD.unpack_from(payload)
-    n = out.size // itemsize
     form = checked(Form(itemsize, map_, cast, scale))
+    if found_itemsize != itemsize or n_tail != size % itemsize or zero:
+        raise CorruptError(f"header {found_itemsize, n_tail, zero} does not fit {size} bytes of {itemsize}")
     lengths = [length for length in range(16) if mask >> length & 1]
-    if found_itemsize != itemsize or n_tail != out.size % itemsize or zero:
-        raise CorruptError(
-            f"header {found_itemsize, n_tail, zero} does not fit {out.size} bytes of {itemsize}"
-        )
     head_size = _HEAD.size + 4 * len(lengths)
     if not 0 < len(lengths) <= N_CLASSES_MAX or lengths[-1] > itemsize or payload.size < head_size:
         raise CorruptError(f"payload of {payload.size} bytes with lengths {lengths} of {itemsize} at most")
     of = dict(zip(lengths, struct.unpack_from(f"<{len(lengths)}I", payload, _HEAD.size), strict=True))
-    if sum(of.values()) != n:
-        raise CorruptError(f"{of} are not {n} elements")
-    planes, tail = coder.decode(payload, head_size, differences.plane_sizes(of), n_tail)
-    if not differences.ungroup(planes, compared(base, offset, n, form), form, of, out[: n * itemsize]):
-        raise CorruptError(f"the classes of {n} elements are not {of}")
-    out[n * itemsize :] = tail
+    if sum(of.values()) != size // itemsize:
+        raise CorruptError(f"{of} are not {size // itemsize} elements")
+    return coder.Table((form, offset, of), head_size, differences.plane_sizes(of), n_tail)
+
+
+def join(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> None:
+    """Fill `out` from a payload's planes and the base chunk's bytes."""
+    form, offset, of = coded.head
+    whole = out.size // itemsize * itemsize
+    old = compared(base, offset, whole // itemsize, form)
+    if not differences.ungroup(coded.planes, old, form, of, out[:whole]):
+        raise CorruptError(f"the classes of {whole // itemsize} elements are not {of}")
+    out[whole:] = coded.tail
 
 
 def checked(form: Form) -> Form:

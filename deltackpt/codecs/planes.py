@@ -61,17 +61,26 @@ def encode(data: U8, kind: Kind) -> U8:
 
 def decode(payload: U8, itemsize: int, out: U8) -> None:
     """Undo `encode`; every size is checked before it is used."""
+    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out)
+
+
+def table(payload: U8, itemsize: int, size: int) -> coder.Table:
+    """Return what a payload is to hold if it is of a chunk of `size` bytes."""
     if payload.size < _HEAD.size:
         raise CorruptError(f"payload has {payload.size} bytes, its header needs {_HEAD.size}")
-    rotate, found_itemsize, n_tail, zero = _HEAD.unpack_from(payload)
-    if found_itemsize != itemsize or rotate > 1 or zero or n_tail != out.size % itemsize:
-        raise CorruptError(
-            f"header {rotate, found_itemsize, n_tail, zero} does not fit {out.size} bytes of {itemsize}"
-        )
+    head = rotate, found_itemsize, n_tail, zero = _HEAD.unpack_from(payload)
+    if found_itemsize != itemsize or rotate > 1 or zero or n_tail != size % itemsize:
+        raise CorruptError(f"header {head} does not fit {size} bytes of {itemsize}")
+    return coder.Table(head, _HEAD.size, [size // itemsize] * itemsize, n_tail)
+
+
+def join(coded: coder.Planes, itemsize: int, out: U8) -> None:
+    """Fill `out` from a payload's planes."""
+    rotate, _, n_tail, _ = coded.head
     n = out.size // itemsize
-    planes, tail = coder.decode(payload, _HEAD.size, [n] * itemsize, n_tail)
     joined = _local.scratch.of(n * itemsize)
-    for k, plane in enumerate(planes):
+    for k, plane in enumerate(coded.planes):
         joined[k * n : (k + 1) * n] = 0 if plane is None else plane
     kernels.join_planes(joined, itemsize, bool(rotate), out[: n * itemsize])
-    out[n * itemsize :] = tail
+    if n_tail:
+        out[n * itemsize :] = coded.tail

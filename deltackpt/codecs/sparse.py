@@ -89,18 +89,31 @@ def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
 
 def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
     """Undo `encode`, given the base chunk's bytes."""
+    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out, base)
+
+
+def table(payload: U8, itemsize: int, size: int) -> coder.Table:
+    """Return what a payload is to hold if it is of a chunk of `size` bytes."""
     if payload.size < _HEAD.size:
         raise CorruptError(f"payload has {payload.size} bytes, its header needs {_HEAD.size}")
-    map_, cast, found_itemsize, n_tail, offset, changed, size = _HEAD.unpack_from(payload)
-    n = out.size // itemsize
-    bitmap, form = bool(map_ & _BITMAP), checked(Form(itemsize, map_ & ~_BITMAP, cast))
-    fits = changed <= n and size <= ((n + 7) // 8 if bitmap else changed + n // 255) and (changed or not size)
-    if found_itemsize != itemsize or n_tail != out.size % itemsize or not fits:
+    head = map_, cast, found_itemsize, n_tail, _, changed, n_places = _HEAD.unpack_from(payload)
+    n = size // itemsize
+    checked(Form(itemsize, map_ & ~_BITMAP, cast))
+    room = (n + 7) // 8 if map_ & _BITMAP else changed + n // 255
+    fits = changed <= n and n_places <= room and (changed or not n_places)
+    if found_itemsize != itemsize or n_tail != size % itemsize or not fits:
         raise CorruptError(
-            f"header {found_itemsize, n_tail, changed, size} does not fit {out.size} bytes of {itemsize}"
+            f"header {found_itemsize, n_tail, changed, n_places} does not fit {size} bytes of {itemsize}"
         )
-    sizes = [size, *[changed] * itemsize] if changed else []
-    planes, tail = coder.decode(payload, _HEAD.size, sizes, n_tail)
+    return coder.Table(head, _HEAD.size, [n_places, *[changed] * itemsize] if changed else [], n_tail)
+
+
+def join(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> None:
+    """Fill `out` from a payload's planes and the base chunk's bytes."""
+    map_, cast, _, n_tail, offset, changed, size = coded.head
+    n = out.size // itemsize
+    bitmap, form = bool(map_ & _BITMAP), Form(itemsize, map_ & ~_BITMAP, cast)
+    planes = coded.planes
     places = _local.places.of(size)
     packed = _local.packed.of(changed * itemsize)
     if changed:
@@ -112,4 +125,5 @@ def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
     old = compared(base, offset, n, form)
     if not differences.put(old, form, bitmap=bitmap, places=places, packed=packed, out=out[: n * itemsize]):
         raise CorruptError(f"{size} bytes of places do not name {changed} of {n} elements")
-    out[n * itemsize :] = tail
+    if n_tail:
+        out[n * itemsize :] = coded.tail

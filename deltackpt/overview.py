@@ -83,6 +83,7 @@ def step_line(commit: Commit) -> dict[str, Any]:
         "written_size": figures.written_size,
         "ratio": figures.written_size / figures.logical_size if figures.logical_size else 0.0,
         "n_tensors": figures.n_tensors,
+        "energy": asdict(figures.energy) if figures.energy else None,
         "metrics": commit.metrics,
         "metadata": commit.metadata,
         "origin": asdict(commit.origin) if commit.origin else None,

@@ -13,6 +13,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deltackpt.energy import Energy
 from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.format import check_features, seal, unseal
 from deltackpt.groups import GroupCost
@@ -126,6 +127,8 @@ class Figures:
         By phase, up to the decision.
     groups : list of GroupCost
         A dozen at most; none in what was saved before they were counted.
+    energy : Energy or None
+        Up to the decision; None in what was saved before it was told, and of what took none, as a fork.
     """
 
     logical_size: int = 0
@@ -136,6 +139,7 @@ class Figures:
     n_new_chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     groups: list[GroupCost] = field(default_factory=list)
+    energy: Energy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +281,17 @@ def _figures(body: Any) -> Figures:
     # A later version may count more.
     known = {name: body[name] for name in Figures.__slots__ if name in body}
     seconds, groups = known.pop("seconds", {}), known.pop("groups", [])
+    energy = known.pop("energy", None)
     if not isinstance(seconds, dict) or not all(map(_is_number, [*known.values(), *seconds.values()])):
         raise ValueError("a figure is of the wrong type")
     if not isinstance(groups, list):
         raise ValueError(f"groups are {groups!r:.80}")
-    return Figures(**known, seconds=seconds, groups=[GroupCost.from_json(group) for group in groups])
+    return Figures(
+        **known,
+        seconds=seconds,
+        groups=[GroupCost.from_json(group) for group in groups],
+        energy=None if energy is None else Energy.from_json(energy),
+    )
 
 
 def _origin(body: Any) -> Origin | None:

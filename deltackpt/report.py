@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deltackpt.energy import Energy, by_kind
 from deltackpt.groups import TITLES, Coded, GroupCost
 
 
@@ -37,11 +38,14 @@ class SaveReport:
         Steps that the run's rules let go after this save.
     groups : list of GroupCost
         What the save paid for weights, optimizer moments and the rest, by dtype; `table` shows it.
+    energy : Energy
+        Joules, and by what they are known: measured, estimated, or some of them each.
 
     Examples
     --------
-    >>> print(SaveReport("main", 7, 2_000_000, 10_000, 9_000, 3, 9, 1, {}, 0.004))
-    main step 7: 2.0 MB in, 10.0 kB new, 9.0 kB written (0.45 %), 4 ms
+    >>> took = Energy.of({"cpu seconds": 0.02, "bytes moved": 0.001})
+    >>> print(SaveReport("main", 7, 2_000_000, 10_000, 9_000, 3, 9, 1, {}, 0.004, energy=took))
+    main step 7: 2.0 MB in, 10.0 kB new, 9.0 kB written (0.45 %), 4 ms, ~21 mJ
     """
 
     run: str
@@ -56,6 +60,7 @@ class SaveReport:
     total_s: float
     forgotten: list[int] = field(default_factory=list)
     groups: list[GroupCost] = field(default_factory=list)
+    energy: Energy = field(default_factory=Energy)
 
     @property
     def ratio(self) -> float:
@@ -67,23 +72,27 @@ class SaveReport:
         return {**asdict(self), "groups": [group.to_json() for group in self.groups]}
 
     def table(self) -> str:
-        """Return what the save paid for each group as a table, one line a group and dtype.
+        """Return what the save paid for each group as a table, one line a group and dtype; and the energy.
 
         Examples
         --------
         >>> cost = GroupCost("weights", "float32", 1000, 4, 500, {"delta-dense": Coded(2, 500, 300)})
-        >>> print(SaveReport("main", 7, 1000, 500, 400, 1, 4, 2, {}, 0.004, groups=[cost]).table())
+        >>> took = Energy.of({"cpu seconds": 0.02, "bytes moved": 0.001})
+        >>> report = SaveReport("main", 7, 1000, 500, 400, 1, 4, 2, {}, 0.004, groups=[cost], energy=took)
+        >>> print(report.table())
         group    dtype        in  changed  stored       same     delta-dense
         weights  float32  1.0 kB    500 B   300 B  500 B (2)  500 B (2) 0.60
+        energy: 21 mJ; estimated: cpu seconds 20 mJ, bytes moved 1 mJ
         """
-        return table(*cost_lines(self.groups))
+        return "\n".join([table(*cost_lines(self.groups)), *energy_lines(self.energy)])
 
     def __str__(self) -> str:
         forgot = f", forgot {', '.join(map(str, self.forgotten))}" if self.forgotten else ""
+        energy = f", ~{human_energy(self.energy.joules)}" if self.energy.method else ""
         return (
             f"{self.run} step {self.step}: {human_size(self.logical_size)} in, "
             f"{human_size(self.new_size)} new, {human_size(self.written_size)} written "
-            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}{forgot}"
+            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}{energy}{forgot}"
         )
 
 
@@ -114,6 +123,17 @@ def _coded(coded: Coded, *, is_stored: bool = True) -> str:
         return ""
     share = f" {coded.stored_size / coded.size:.2f}" if is_stored and coded.size else ""
     return f"{human_size(coded.size)} ({coded.n_chunks}){share}"
+
+
+def energy_lines(energy: Energy | None) -> list[str]:
+    """Return in a line, or in none, what is known of the energy: joules, and each part with its source."""
+    if energy is None or not energy.method:
+        return []
+    told = [
+        f"{kind}: {', '.join(f'{name} {human_energy(joules)}' for name, joules in parts.items())}"
+        for kind, parts in by_kind(energy.parts).items()
+    ]
+    return ["; ".join([f"energy: {human_energy(energy.joules)}", *told])]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -182,3 +202,16 @@ def human_time(seconds: float) -> str:
     ('4 ms', '3.1 s')
     """
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def human_energy(joules: float) -> str:
+    """Return joules as people read them.
+
+    Examples
+    --------
+    >>> human_energy(0.00042), human_energy(0.25), human_energy(31.4), human_energy(12_000)
+    ('420 uJ', '250 mJ', '31.4 J', '12.0 kJ')
+    """
+    if joules < 1:
+        return f"{1e6 * joules:.0f} uJ" if joules < 1e-3 else f"{1e3 * joules:.0f} mJ"
+    return f"{joules:.1f} J" if joules < 1000 else f"{joules / 1000:.1f} kJ"

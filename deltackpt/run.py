@@ -26,6 +26,7 @@ from blake3 import blake3
 
 from deltackpt import diff, kin, loader, restore, snapshot
 from deltackpt.diff import Diff, Side
+from deltackpt.energy import Energy, Meter, moved_size
 from deltackpt.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -74,14 +75,27 @@ class Run:
     ([10, 20, 30], 3, True, False)
     """
 
-    def __init__(self, store: Store, name: str, *, keep: Rule | None = None, shadow: int = SIZE_MAX) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        *,
+        keep: Rule | None = None,
+        shadow: int = SIZE_MAX,
+        on_save: Callable[[SaveReport], object] | None = None,
+    ) -> None:
         if not isinstance(keep, Rule | None):
             raise InvalidInputError(
                 f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
             )
+        if on_save is not None and not callable(on_save):
+            raise InvalidInputError(
+                f"on_save: found {on_save!r}, expected a function of a report", hint="on_save=print"
+            )
         self.store = store
         self.name = check_run(name)
         self.keep = keep
+        self.on_save = on_save
         self._resumed: int | None = None
         self._memory: Memory | None = None
         self._shadow = Shadow(_bytes("shadow", shadow))
@@ -377,6 +391,7 @@ class Run:
                     written_size=session.written_size,
                     seconds={},
                     groups=[replace(group, based_size=0, codecs={}) for group in source.figures.groups],
+                    energy=None,
                 ),
                 origin=Origin(self.name, source.slot.step),
             )
@@ -446,14 +461,14 @@ class Run:
         allow_pickle: bool = False,
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
-        start = time.perf_counter()
+        start, meter = time.perf_counter(), Meter()
         step = check_step(step)
         metrics, metadata = _metrics(metrics or {}), _metadata(metadata or {})
         with self._lock:
             self._prepare()
             session = self._open(step, overwrite)
             try:
-                report = self._save(session, state, metrics, metadata, allow_pickle, start)
+                report = self._save(session, state, metrics, metadata, allow_pickle, start, meter)
             except StorageError as e:
                 if e.errno in _LASTING or session.deciding:
                     raise
@@ -461,14 +476,26 @@ class Run:
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
                 session = self._open(step, overwrite)
                 try:
-                    report = self._save(session, state, metrics, metadata, allow_pickle, start)
+                    report = self._save(session, state, metrics, metadata, allow_pickle, start, meter)
                 except StorageError as again:
                     if session.deciding or not session.is_fenced():
                         raise
                     raise ConflictError(
                         f"run {self.name!r} step {step}: gc gave this save up for dead", hint="save again"
                     ) from again
-            return self._retained(report, start)
+            report = self._retained(report, start)
+        report = replace(report, energy=_taken(meter, report))
+        self._tell(report)
+        return report
+
+    def _tell(self, report: SaveReport) -> None:
+        """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""
+        log.info("%s", report)
+        try:
+            if self.on_save is not None:
+                self.on_save(report)
+        except Exception:  # what a user's function raises is anything; the step is durable
+            log.warning("run %r step %d is saved, but on_save failed", self.name, report.step, exc_info=True)
 
     def _open(self, step: int, overwrite: bool) -> Session:
         return Session(self.store, self.name, step, overwrite=overwrite)
@@ -481,6 +508,7 @@ class Run:
         metadata: dict[str, Any],
         allow_pickle: bool,
         start: float,
+        meter: Meter,
     ) -> SaveReport:
         with session:
             saved = snapshot.save(session, state, self._before, self._shadow, allow_pickle=allow_pickle)
@@ -500,6 +528,7 @@ class Run:
                 {phase: round(s, 6) for phase, s in saved.seconds.items()},
                 saved.costs(rows),
             )
+            figures = replace(figures, energy=_taken(meter, figures))
             before = session.superseded
             commit = session.commit(
                 manifest,
@@ -655,6 +684,11 @@ def read_manifest_bytes(store: Store, commit: Commit) -> bytes:
     return data
 
 
+def _taken(meter: Meter, cost: Figures | SaveReport) -> Energy:
+    """Return the energy of a save so far."""
+    return meter.read(moved_size(cost.logical_size, cost.new_size, cost.written_size), cost.written_size)
+
+
 def _bytes(name: str, size: Any) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise InvalidInputError(f"{name}: found {size!r}, expected bytes, 0 or more", hint=f"{name}=1 << 30")
@@ -707,6 +741,7 @@ def open_run(
     create: bool = True,
     keep: Rule | None = None,
     shadow: int = SIZE_MAX,
+    on_save: Callable[[SaveReport], object] | None = None,
 ) -> Run:
     """Open a run, and its store.
 
@@ -725,6 +760,9 @@ def open_run(
         Bytes of memory, at most, in which the tensors that changed in the last save are kept: the next save
         takes its deltas against them.  What has no room is read back from the store for it, which takes
         about as long as encoding does; 0 keeps nothing.
+    on_save : callable, optional
+        Given the `SaveReport` of each save once it is durable, in the thread that saves: `print`, or
+        `scalars.tensorboard` and `scalars.wandb`.  What it raises is logged, and no save fails for it.
 
     Examples
     --------
@@ -742,4 +780,4 @@ def open_run(
     ([100, 120, 130, 140], [])
     """
     check_run(run)
-    return Run(open_store(store, create=create), run, keep=keep, shadow=shadow)
+    return Run(open_store(store, create=create), run, keep=keep, shadow=shadow, on_save=on_save)

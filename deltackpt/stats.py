@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deltackpt import payoff
+from deltackpt import energy, payoff
+from deltackpt.energy import Energy
 from deltackpt.format import CHUNK_ID_SIZE, RECORD_HEADER, ROW
 from deltackpt.groups import GROUPS, TITLES, Group, GroupCost, added, group_of
 from deltackpt.manifest import TensorRow
 from deltackpt.overview import commits, step_line, totals
 from deltackpt.records import Commit
-from deltackpt.report import human_size
+from deltackpt.report import human_energy, human_size
 from deltackpt.restore import resolve
 from deltackpt.run import Run, read_manifest
 from deltackpt.store import Store
@@ -107,6 +108,48 @@ class RunSums:
 
 
 @dataclass(frozen=True, slots=True)
+class EnergySums:
+    """What saves took, and about what saves of the same states whole would have.
+
+    Parameters
+    ----------
+    n_saves, n_steps : int
+        Saves that have it on record, of all looked at.
+    took : Energy
+        The sum.
+    whole_joules : float
+        `energy.whole` of what those saves were handed in: an estimate by bytes alone, also where the sum is
+        measured, and has whatever else the machine did in it.
+
+    Examples
+    --------
+    >>> print(EnergySums(3, 4, Energy.of({"cpu seconds": 0.5, "bytes written": 0.1}), 2.4))
+    energy: 3 of 4 saves took 600 mJ; estimated: cpu seconds, bytes written; saved whole, by bytes: 2.4 J
+    """
+
+    n_saves: int
+    n_steps: int
+    took: Energy
+    whole_joules: float
+
+    @classmethod
+    def of(cls, commits: Sequence[Commit]) -> EnergySums:
+        """Add up what is on record."""
+        known = [(c.figures.energy, c.figures.logical_size) for c in commits if c.figures.energy]
+        whole_joules = sum(energy.whole(logical_size) for _, logical_size in known)
+        return cls(len(known), len(commits), Energy.total(took for took, _ in known), whole_joules)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        saves = f"{self.n_saves} of {_count(self.n_steps, 'save')}"
+        whole = f"saved whole, by bytes: {human_energy(self.whole_joules)}"
+        return f"energy: {saves} took {human_energy(self.took.joules)}; {self.took.method}; {whole}"
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """What the steps of a store, or of one run, take.
 
@@ -130,6 +173,8 @@ class Stats:
         What the saves said they paid, by group and dtype; what a save found in another run it did not pay.
     payoff : list of str
         What deltas save of it, and why not more, in words.
+    energy : EnergySums
+        What the saves said they took, against saves of the same states whole.
     """
 
     store: str
@@ -142,6 +187,7 @@ class Stats:
     store_size: int
     costs: list[GroupCost]
     payoff: list[str]
+    energy: EnergySums
 
     @property
     def kept_size(self) -> int:
@@ -165,11 +211,13 @@ class Stats:
             "steps": self.steps,
             "costs": [cost.to_json() for cost in self.costs],
             "payoff": self.payoff,
+            "energy": self.energy.to_json(),
             "summary": str(self),
         }
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *self._sources(), *self._doubts(), *self.payoff])
+        energy = [str(self.energy)] if self.energy.n_saves else []
+        return "\n".join([self._headline(), *self._sources(), *self._doubts(), *self.payoff, *energy])
 
     def _headline(self) -> str:
         of = f"run {self.run}" if self.run else _count(len(self.runs), "run")
@@ -290,6 +338,7 @@ def look(store: Store, run: str | None = None) -> Stats:
         totals(store)["size"],
         added([cost for _, groups in groups_of for cost in groups]),
         payoff.words([[g for name, g in groups_of if name == run] for run in looked_at]),
+        EnergySums.of(shown),
     )
 
 

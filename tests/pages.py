@@ -19,7 +19,9 @@ from commands import environment
 
 _BLOCK = re.compile(r"^```(python|console)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
 _COMMAND = re.compile(r"^\$ (.+\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", re.M)
-_NUMBER = re.compile(r"\d[\d.]*(e-\d+)?( ([kMG]?B|m?s)\b)?")
+_NUMBER = re.compile(r"\d[\d.]*(e-\d+)?( ([kMG]?B|m?s|[umkM]?J)\b)?")
+#: By what joules are known depends on the machine: its counters, and who may read them.
+_ENERGY = re.compile(r'^energy: .*|(?<="energy": )\{"joules.*?\}\}')
 #: What the commands of a page may call that is not in the PATH.
 _FUNCTIONS = {"python": "", "deltackpt": "-m deltackpt"}
 _MARK = "----- end of a command"
@@ -94,4 +96,4 @@ def _outputs(commands: list[str], directory: Path) -> list[str]:
 
 def words(output: str) -> list[list[str]]:
     """What was printed, word by word; numbers and units as they come out differ from run to run."""
-    return [_NUMBER.sub("0", line).split() for line in output.rstrip().splitlines()]
+    return [_NUMBER.sub("0", _ENERGY.sub("energy", line)).split() for line in output.rstrip().splitlines()]

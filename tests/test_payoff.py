@@ -95,4 +95,4 @@ def test_a_training_run_is_told_that_weights_pay_and_noise_does_not():
         "new noise in each step; save more often, or not the moments"
     )
     assert found.to_json()["payoff"] == found.payoff
-    assert str(found).endswith("\n".join(found.payoff))
+    assert "\n".join(found.payoff) in str(found)

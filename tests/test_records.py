@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltackpt.energy import Energy
 from deltackpt.errors import CorruptError, FormatError, InvalidInputError, UnsupportedVersionError
 from deltackpt.format import seal, unseal
 from deltackpt.groups import Coded, GroupCost
@@ -222,6 +223,33 @@ def test_figures_keep_the_groups_and_those_of_before_have_none():
 @pytest.mark.parametrize("groups", [None, {}, [3], [{"group": "weights"}], ["weights"]])
 def test_groups_of_another_form_are_a_format_error(groups):
     body = body_of(COMMIT) | {"figures": {"groups": groups}}
+    with pytest.raises(CorruptError, match="not a decision"):
+        decision_from_bytes(seal(body), SLOT)
+
+
+def test_figures_keep_the_energy_and_those_of_before_have_none():
+    took = Energy.of({"rapl package": 2.5, "bytes written": 0.5})
+    body = body_of(replace(COMMIT, figures=Figures(logical_size=64, energy=took)))
+    assert decision_from_bytes(seal(body), SLOT).figures.energy == took
+    del body["figures"]["energy"]
+    assert decision_from_bytes(seal(body), SLOT).figures == Figures(logical_size=64)
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        3,
+        [],
+        {},
+        {"joules": -1, "method": "", "parts": {}},
+        {"joules": True, "method": "", "parts": {}},
+        {"joules": 1, "method": 1, "parts": {}},
+        {"joules": 1, "method": "", "parts": {"nvml": "1"}},
+        {"joules": 1, "method": "", "parts": {str(n): 1 for n in range(33)}},
+    ],
+)
+def test_energy_of_another_form_is_a_format_error(energy):
+    body = body_of(COMMIT) | {"figures": {"energy": energy}}
     with pytest.raises(CorruptError, match="not a decision"):
         decision_from_bytes(seal(body), SLOT)
 

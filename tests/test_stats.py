@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deltackpt import delta, open_store, stats
+from deltackpt import delta, open_run, open_store, stats
 from deltackpt.backends.memory import MemoryBackend
+from deltackpt.energy import Energy, whole
 from deltackpt.errors import CorruptError, NotFoundError
 from deltackpt.format import RECORD_HEADER, ROW
 from deltackpt.groups import group_of
+from deltackpt.records import Commit, Figures, Slot
 from deltackpt.restore import resolve
 from deltackpt.run import Run
 
@@ -151,6 +154,28 @@ def test_one_step_says_that_there_is_nothing_to_be_unchanged_yet():
     assert "1 step of 1 run: 1.2 MB handed in" in text
     assert "does not pay much: weights" in text
     assert "in one step only" in text
+
+
+def test_energy_is_summed_over_the_saves_that_have_it_on_record(store):
+    commits = [commit for name in "abc" for commit in open_run(store, name).commits()]
+    found = stats.look(store).energy
+    assert (found.n_saves, found.n_steps) == (6, 6)
+    assert found.took.joules == pytest.approx(sum(c.figures.energy.joules for c in commits), abs=1e-4)
+    assert found.took.joules > 0
+    assert found.whole_joules == pytest.approx(sum(whole(c.figures.logical_size) for c in commits))
+    assert str(found) in str(stats.look(store))
+    before = [replace(c, figures=replace(c.figures, energy=None)) for c in commits]
+    assert stats.EnergySums.of(before) == stats.EnergySums(0, 6, Energy(), 0)
+    assert stats.EnergySums.of([*before[1:], commits[0]]).took == commits[0].figures.energy
+
+
+def test_what_whole_saves_take_follows_the_bytes_handed_in_alone():
+    def energy(size, joules):
+        figures = Figures(logical_size=size, energy=Energy.of({"nvml": joules}))
+        return stats.EnergySums.of([Commit(Slot("a", 1, 1), b"", b"", None, 0.0, {}, {}, figures)])
+
+    assert energy(10**9, 1.0).whole_joules == energy(10**9, 9.0).whole_joules == pytest.approx(8.14)
+    assert energy(2 * 10**9, 1.0).whole_joules == pytest.approx(16.28)
 
 
 def test_an_empty_store_has_zero_of_everything():

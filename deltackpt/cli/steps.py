@@ -26,8 +26,9 @@ from deltackpt.cli.options import (
     step_option,
 )
 from deltackpt.cli.printing import answer, answer_table, figures, percent, table, tell, when
+from deltackpt.energy import Energy
 from deltackpt.groups import GroupCost
-from deltackpt.report import cost_lines, human_size
+from deltackpt.report import cost_lines, energy_lines, human_size
 from deltackpt.retention import Rule
 from deltackpt.run import open_run
 from deltackpt.store import open_store
@@ -103,9 +104,12 @@ def show(store: Path, step: int | str, run: str, as_json: bool) -> None:
     ]
     columns = ("tensor", "dtype", "shape", ">size", ">chunks")
     answer_table(columns, rows, found, as_json, empty=f"run {run} step {found['step']}: no tensors")
-    groups = [GroupCost.from_json(group) for group in found["commit"]["figures"]["groups"]]
-    if groups and not as_json:
-        answer(f"\n{table(*cost_lines(groups))}", None, False)
+    cost = found["commit"]["figures"]
+    groups = [GroupCost.from_json(group) for group in cost["groups"]]
+    told = [table(*cost_lines(groups))] if groups else []
+    told += energy_lines(Energy.from_json(cost["energy"]) if cost["energy"] else None)
+    if told and not as_json:
+        answer("\n" + "\n".join(told), None, False)
 
 
 @cli.command(short_help="Show what differs between two steps.")

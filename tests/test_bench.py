@@ -324,3 +324,13 @@ def test_one_row_is_read_with_a_fraction_of_the_state(at: Path):
     assert row["wanted_size"] < 1000
     assert row["read_size"] < row["whole_read_size"] / 4
     assert names["wanted_size"] < names["read_size"] < names["whole_read_size"] / 10
+
+
+def test_joules_are_told_of_each_regime_against_torch_save(tmp_path):
+    found = json.loads(run_bench("joules.py", "--size-mib", 1, "--repeats", 1, "--dir", tmp_path, "--json"))
+    assert len(found) == 4
+    for figures in found.values():
+        assert figures["joules"] > 0 < figures["torch_save_joules"]
+        assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
+        assert figures["method"].startswith(("measured: ", "estimated: "))
+    assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from deltackpt.errors import (
     UnsupportedVersionError,
 )
 from deltackpt.loader import LazyArray
+from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
 from deltackpt.retention import best, every, every_seconds, last, these
 from deltackpt.run import Run, open_run
@@ -40,6 +41,7 @@ __all__ = [
     "LazyArray",
     "MissingDependencyError",
     "NotFoundError",
+    "Pending",
     "Run",
     "SaveReport",
     "StorageError",

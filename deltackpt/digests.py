@@ -15,8 +15,8 @@ import xxhash
 from blake3 import blake3
 
 from deltackpt.restore import spans
-from deltackpt.store import n_threads, workers
 from deltackpt.types import U8
+from deltackpt.workers import n_threads, workers
 
 Ends = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -58,4 +58,4 @@ def _in_parallel(function: Callable[[T], R], items: Sequence[T]) -> Iterable[R]:
     """Map over items in order, in threads when there are several."""
     if len(items) < 2 or n_threads() == 1:
         return map(function, items)
-    return workers.get().map(function, items)
+    return workers.map(function, items)

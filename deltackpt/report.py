@@ -33,7 +33,9 @@ class SaveReport:
         By phase of the calling thread: flatten, compare, chunk, identify, write, publish, commit, and, where
         the run has rules of what to keep, retain.
     total_s : float
-        From the call to its return.
+        From the call until it was durable, and what the run's rules let go was forgotten.
+    stall_s : float
+        Of that, until the state might be changed again: all of it, but for `Run.save_async`.
     forgotten : list of int
         Steps that the run's rules let go after this save.
     groups : list of GroupCost
@@ -58,6 +60,7 @@ class SaveReport:
     n_new_chunks: int
     seconds: dict[str, float]
     total_s: float
+    stall_s: float = 0.0
     forgotten: list[int] = field(default_factory=list)
     groups: list[GroupCost] = field(default_factory=list)
     energy: Energy = field(default_factory=Energy)

@@ -21,8 +21,9 @@ from deltackpt.format import CHUNK_SIZE_MAX, LIST_ROW
 from deltackpt.layout import Layout, touched
 from deltackpt.links import Wanted
 from deltackpt.manifest import TensorRow, list_from_bytes
-from deltackpt.store import Store, n_threads, workers
+from deltackpt.store import Store
 from deltackpt.types import U8
+from deltackpt.workers import n_threads, workers
 
 R = TypeVar("R")
 
@@ -294,7 +295,7 @@ class _Window(Generic[R]):
         self._futures: deque[Future[R]] = deque()
 
     def submit(self, function: Callable[..., R], *args: Any) -> None:
-        self._futures.append(workers.get().submit(function, *args))
+        self._futures.append(workers.submit(function, *args))
         while len(self._futures) > self._size:
             self._futures.popleft().result()
 

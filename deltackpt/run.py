@@ -12,19 +12,20 @@ import heapq
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from deltackpt import diff, kin, loader, restore, snapshot
+from deltackpt import diff, kin, loader, restore, snapshot, tree
 from deltackpt.diff import Diff, Side
 from deltackpt.energy import Energy, Meter, moved_size
 from deltackpt.errors import (
@@ -41,11 +42,14 @@ from deltackpt.fork import take_over
 from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.memory import Memory
+from deltackpt.pending import Pending
 from deltackpt.records import Commit, Figures, Origin, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Retention, Rule
 from deltackpt.session import Session
 from deltackpt.shadow import SIZE_MAX, Shadow
+from deltackpt.snapshot import Saved
+from deltackpt.staging import Staging, looks
 from deltackpt.store import Store, Where, open_store
 from deltackpt.types import U8, Deferred, State, Tensor
 
@@ -82,6 +86,7 @@ class Run:
         *,
         keep: Rule | None = None,
         shadow: int = SIZE_MAX,
+        memory_max: int | None = None,
         on_save: Callable[[SaveReport], object] | None = None,
     ) -> None:
         if not isinstance(keep, Rule | None):
@@ -98,7 +103,12 @@ class Run:
         self.on_save = on_save
         self._resumed: int | None = None
         self._memory: Memory | None = None
-        self._shadow = Shadow(_bytes("shadow", shadow))
+        self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
+        shadow = _bytes("shadow", shadow)
+        # The copies of the last save, those of this one, and those on their way have a third each.
+        self._shadow = Shadow(shadow if memory_max is None else min(shadow, memory_max // 3))
+        self._pending: Pending | None = None
+        self._pid = os.getpid()
         self._last_step: int | None = None
         self._lock = threading.Lock()
 
@@ -108,13 +118,28 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except DeltackptError:
+            if error is None:
+                raise
+            # It is logged; what ends the block says more.
 
     def close(self) -> None:
-        """Forget what is remembered of the last snapshot."""
-        with self._lock:
-            self._memory = None
-            self._shadow.clear()
+        """Wait for the save under way, and forget what is remembered of the last snapshot.
+
+        Raises
+        ------
+        DeltackptError
+            What made that save fail, if nobody was told yet.
+        """
+        self._after_fork()
+        try:
+            self._settle()
+        finally:
+            with self._lock:
+                self._memory = None
+                self._shadow.clear()
 
     # -- steps
 
@@ -462,21 +487,22 @@ class Run:
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start, meter = time.perf_counter(), Meter()
-        step = check_step(step)
-        metrics, metadata = _metrics(metrics or {}), _metadata(metadata or {})
+        what = _What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}))
+        self._after_fork()
+        self._settle()
         with self._lock:
             self._prepare()
-            session = self._open(step, overwrite)
+            session = self._open(what.step, overwrite)
             try:
-                report = self._save(session, state, metrics, metadata, allow_pickle, start, meter)
+                report = self._save(session, state, allow_pickle, what, start, meter)
             except StorageError as e:
                 if e.errno in _LASTING or session.deciding:
                     raise
                 # Never write on after an error: all of it again, under new names, from the source.
                 log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
-                session = self._open(step, overwrite)
+                session = self._open(what.step, overwrite)
                 try:
-                    report = self._save(session, state, metrics, metadata, allow_pickle, start, meter)
+                    report = self._save(session, state, allow_pickle, what, start, meter)
                 except StorageError as again:
                     if session.deciding or not session.is_fenced():
                         raise
@@ -484,9 +510,138 @@ class Run:
                         f"run {self.name!r} step {step}: gc gave this save up for dead", hint="save again"
                     ) from again
             report = self._retained(report, start)
-        report = replace(report, energy=_taken(meter, report))
+        report = replace(report, stall_s=report.total_s, energy=_taken(meter, report))
         self._tell(report)
         return report
+
+    def save_async(
+        self,
+        state: State,
+        *,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        allow_pickle: bool = False,
+        when_busy: Literal["wait", "skip", "fail"] = "wait",
+    ) -> Pending | None:
+        """Save a state while training goes on; returns once the state may be changed.
+
+        What changed since the last save is copied, what did not is only looked at; a thread does the rest.
+        One save is under way at a time.  An error of it is raised by whichever comes first of `wait`, the
+        next save, and `close` or the end of a ``with`` block.  A program that ends waits for its last save.
+
+        Parameters
+        ----------
+        state, step, metrics, metadata, overwrite, allow_pickle
+            As of `deltackpt.delta.save`.
+        when_busy : {"wait", "skip", "fail"}
+            What to do while the save before is still under way: wait for it; save nothing; or raise.
+
+        Returns
+        -------
+        Pending or None
+            None if there was nothing to do but skip.
+
+        Raises
+        ------
+        ConflictError
+            If the save before is under way, and `when_busy` is "fail".
+        DeltackptError
+            As of `deltackpt.delta.save`; of the save before, if that failed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from deltackpt.backends.memory import MemoryBackend
+        >>> w = np.zeros(1000, np.float32)
+        >>> with open_run(MemoryBackend()) as run:
+        ...     pending = run.save_async({"w": w}, step=10)
+        ...     w += 1  # training goes on
+        ...     report = pending.wait()
+        ...     run.load(10)["w"][:2].tolist()
+        [0.0, 0.0]
+        """
+        start, meter = time.perf_counter(), Meter()
+        what = _What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}))
+        if when_busy not in ("wait", "skip", "fail"):
+            raise InvalidInputError(
+                f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
+            )
+        self._after_fork()
+        busy = self._pending
+        if busy is not None and not busy.done():
+            if when_busy == "skip":
+                return None
+            if when_busy == "fail":
+                raise ConflictError(
+                    f"run {self.name!r} step {busy.step}: is still being saved",
+                    hint="save less often, or when_busy='wait'",
+                )
+        self._settle()
+        self._lock.acquire()
+        try:
+            self._prepare()
+            session = self._open(what.step, overwrite)
+            try:
+                flat = tree.flatten(state, allow_pickle=allow_pickle)
+                memory = self._before(flat.tensors)
+            except BaseException:
+                session.abort()
+                raise
+        except BaseException:
+            self._lock.release()
+            raise
+        room = None if self.memory_max is None else max(0, self.memory_max - self._shadow.size)
+        staging = Staging(room, start)
+
+        def work() -> SaveReport:
+            try:
+                with session:
+                    saved = snapshot.save_looks(
+                        session, flat, staging.received, memory, self._shadow, is_staged=True
+                    )
+                    saved.seconds["stage"] = staging.stall_s
+                    report = self._commit(session, saved, what, start, meter)
+                report = self._retained(report, start)
+            finally:
+                staging.end()
+                self._lock.release()
+            report = replace(report, stall_s=staging.stall_s, energy=_taken(meter, report))
+            self._tell(report)
+            return report
+
+        pending = Pending(self.name, what.step, work)
+        try:
+            pending.begin()
+        except BaseException:
+            session.abort()
+            self._lock.release()
+            raise
+        self._pending = pending
+        order = snapshot.order_of(flat.tensors)
+        try:
+            staging.stage(looks(flat.tensors, order, memory, snapshot.reusable(session)))
+        except BaseException:
+            pending.give_up()  # it met the same error, and has taken back what it wrote
+            raise
+        meter.resume()
+        pending.mark_staged()
+        return pending
+
+    def _settle(self) -> None:
+        """Wait for the save under way; raise what made it fail, if nobody was told."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.settle()
+
+    def _after_fork(self) -> None:
+        """In a forked child, forget what a thread of the parent holds or is about to change."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._lock = threading.Lock()
+            self._pending = self._memory = None
+            self._shadow.clear()
 
     def _tell(self, report: SaveReport) -> None:
         """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""
@@ -504,39 +659,42 @@ class Run:
         self,
         session: Session,
         state: State,
-        metrics: dict[str, float],
-        metadata: dict[str, Any],
         allow_pickle: bool,
+        what: _What,
         start: float,
         meter: Meter,
     ) -> SaveReport:
         with session:
             saved = snapshot.save(session, state, self._before, self._shadow, allow_pickle=allow_pickle)
-            at = time.perf_counter()
-            manifest = saved.manifest.to_bytes()
-            session.publish(manifest)
-            published = time.perf_counter()
-            saved.seconds["publish"] = published - at
-            packs, rows = session.packs(), session.rows()
-            figures = Figures(
-                saved.logical_size,
-                session.new_size,
-                session.written_size,
-                len(saved.manifest.tensors),
-                saved.n_chunks,
-                session.n_new_chunks,
-                {phase: round(s, 6) for phase, s in saved.seconds.items()},
-                saved.costs(rows),
-            )
-            figures = replace(figures, energy=_taken(meter, figures))
-            before = session.superseded
-            commit = session.commit(
-                manifest,
-                parent=before.parent if before else self._last_step,
-                metrics=metrics,
-                metadata=metadata,
-                figures=figures,
-            )
+            return self._commit(session, saved, what, start, meter)
+
+    def _commit(self, session: Session, saved: Saved, what: _What, start: float, meter: Meter) -> SaveReport:
+        """Publish and decide, and remember what was saved."""
+        at = time.perf_counter()
+        manifest = saved.manifest.to_bytes()
+        session.publish(manifest)
+        published = time.perf_counter()
+        saved.seconds["publish"] = published - at
+        packs, rows = session.packs(), session.rows()
+        figures = Figures(
+            saved.logical_size,
+            session.new_size,
+            session.written_size,
+            len(saved.manifest.tensors),
+            saved.n_chunks,
+            session.n_new_chunks,
+            {phase: round(s, 6) for phase, s in saved.seconds.items()},
+            saved.costs(rows),
+        )
+        figures = replace(figures, energy=_taken(meter, figures))
+        before = session.superseded
+        commit = session.commit(
+            manifest,
+            parent=before.parent if before else self._last_step,
+            metrics=what.metrics,
+            metadata=what.metadata,
+            figures=figures,
+        )
         self._memory = saved.memory(packs, rows)
         self._shadow.replace(saved.fresh)
         self._last_step = commit.slot.step
@@ -661,6 +819,14 @@ class Run:
             return read_manifest(self.store, commit)
 
 
+class _What(NamedTuple):
+    """What a step is to be called and to say, beside its state."""
+
+    step: int
+    metrics: dict[str, float]
+    metadata: dict[str, Any]
+
+
 def read_manifest(store: Store, commit: Commit) -> Manifest:
     """Read a commit's manifest, checked against the digest in the commit.
 
@@ -741,6 +907,7 @@ def open_run(
     create: bool = True,
     keep: Rule | None = None,
     shadow: int = SIZE_MAX,
+    memory_max: int | None = None,
     on_save: Callable[[SaveReport], object] | None = None,
 ) -> Run:
     """Open a run, and its store.
@@ -760,6 +927,10 @@ def open_run(
         Bytes of memory, at most, in which the tensors that changed in the last save are kept: the next save
         takes its deltas against them.  What has no room is read back from the store for it, which takes
         about as long as encoding does; 0 keeps nothing.
+    memory_max : int, optional
+        Bytes of memory, at most, for copies of the state: the shadow, a third of it at most, and what
+        `Run.save_async` copies so that training may go on.  Where a state changes by more, that waits until
+        there is room again.  By default there is no bound on the copies of one save.
     on_save : callable, optional
         Given the `SaveReport` of each save once it is durable, in the thread that saves: `print`, or
         `scalars.tensorboard` and `scalars.wandb`.  What it raises is logged, and no save fails for it.
@@ -780,4 +951,11 @@ def open_run(
     ([100, 120, 130, 140], [])
     """
     check_run(run)
-    return Run(open_store(store, create=create), run, keep=keep, shadow=shadow, on_save=on_save)
+    return Run(
+        open_store(store, create=create),
+        run,
+        keep=keep,
+        shadow=shadow,
+        memory_max=memory_max,
+        on_save=on_save,
+    )

@@ -23,20 +23,29 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from blake3 import blake3
 
 from deltackpt import chains, codecs, process
 from deltackpt.backends import Writer
 from deltackpt.chains import Chains, Copy
 from deltackpt.codecs import Base, Chunk, Kind
-from deltackpt.errors import AlreadyExistsError, ConflictError, DeltackptError, NotFoundError, StorageError
+from deltackpt.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    DeltackptError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
 from deltackpt.format import NO_BASE, ROW, seal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.pack import PackBuilder, PackName, Payload, Record
 from deltackpt.records import Commit, Fence, Figures, Origin, SessionName, Slot, index_key, manifest_key
 from deltackpt.scratch import Scratch
-from deltackpt.store import Store, workers
+from deltackpt.store import Store
 from deltackpt.types import U8
+from deltackpt.workers import submit, workers
 
 log = logging.getLogger("deltackpt")
 
@@ -230,10 +239,11 @@ class Session:
         kind: Kind,
         base: Parent | None = None,
         mode: codecs.Mode | None = None,
+        fingerprint: bytes | None = None,
     ) -> None:
         """Store a chunk that `look_up` does not find; once, however often it is put.
 
-        `data` is read until `publish` returns, and must not change until then.
+        `data` is read until `settle` or `publish` returns, and must not change until then.
 
         Parameters
         ----------
@@ -246,6 +256,9 @@ class Session:
             not keep a new step from being saved.
         mode : codecs.Mode, optional
             How the difference is taken; by default whoever encodes tries what fits.
+        fingerprint : bytes, optional
+            The xxh3_128 of `data` from before its id was made: once it is encoded it must be the same still,
+            or this or a later call raises `InvalidInputError`.
         """
         if chunk_id in self._new:
             return
@@ -260,7 +273,7 @@ class Session:
         self.new_size += data.size
         self.n_new_chunks += 1
         self._batch.append(
-            _Put(chunk_id, data, kind, self._buffer(codecs.room(data.size)), base, is_ours, mode)
+            _Put(chunk_id, data, kind, self._buffer(codecs.room(data.size)), base, is_ours, mode, fingerprint)
         )
         # A base is memory too, if it has to be read.
         self._batch_size += data.size + (base.raw_size if base is not None and base.data is None else 0)
@@ -274,7 +287,7 @@ class Session:
 
     def _submit(self) -> None:
         """Have the batch encoded; write what is ready while more than the window is under way."""
-        encoded = workers.get().submit(_encode, self.store, self._batch)
+        encoded = workers.submit(_encode, self.store, self._batch)
         self._encoding.append((self._batch_size, self._batch, encoded))
         self._in_flight_size += self._batch_size
         self._batch, self._batch_size = [], 0
@@ -313,7 +326,7 @@ class Session:
                 self._closer = ThreadPoolExecutor(1, "deltackpt-flush")
             full = self._pack
             self._finish_pack(full)  # first: an interrupt in between must not leave two to close one file
-            self._closing.append(self._closer.submit(full.close))
+            self._closing.append(submit(self._closer, full.close))
             while len(self._closing) > 2:  # the disk is slower than the encoders: let it catch up
                 self._closing.popleft().result()
         if self._pack is None:
@@ -338,14 +351,23 @@ class Session:
         open_pack = [self._pack.builder.rows()] if self._pack else []
         return np.concatenate([np.zeros(0, ROW), *(rows for _, _, rows in self._packs), *open_pack])
 
-    # -- deciding
+    def settle(self) -> None:
+        """Encode and write what was put so far: nothing reads its data, or its bases', any more."""
+        self._finish_encoding()
+        if self._pack is not None:
+            self._pack.flush()
 
-    def publish(self, manifest: bytes | None) -> None:
-        """Write what is left of W4: close the packs, then index and manifest, durable on return."""
+    def _finish_encoding(self) -> None:
         if self._batch:
             self._submit()
         while self._encoding:
             self._drain()
+
+    # -- deciding
+
+    def publish(self, manifest: bytes | None) -> None:
+        """Write what is left of W4: close the packs, then index and manifest, durable on return."""
+        self._finish_encoding()
         if self._pack is not None:
             pack = self._pack
             self._finish_pack(pack)
@@ -486,16 +508,17 @@ class _Pack:
         self._pending += buffers
         self._pending_size += sum(map(len, buffers))
         if self._pending_size >= _WRITE_SIZE:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what was added so far."""
         self.writer.write(*self._pending)
         self._pending, self._pending_size = [], 0
 
     def close(self) -> int:
         """Write the footer, flush and publish; return the pack's size."""
         self._pending.append(self.builder.footer())
-        self._flush()
+        self.flush()
         if not self.writer.commit():
             raise ConflictError(f"{self.builder.name.key}: exists already", hint="save again")
         return self.builder.total_size
@@ -517,6 +540,7 @@ class _Put(NamedTuple):
     base: Parent | None
     is_ours: bool
     mode: codecs.Mode | None
+    fingerprint: bytes | None
 
 
 class _Ready(NamedTuple):
@@ -546,7 +570,15 @@ def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
             base = Base(data, put.base.offset, put.base.cast) if data is not None else None
         chunks.append(Chunk(put.data, put.kind, put.buffer, base, put.mode))
     ready = []
-    for put, (codec, payload) in zip(puts, codecs.encode_all(chunks), strict=True):
+    encoded = codecs.encode_all(chunks)
+    for put in puts:
+        if put.fingerprint is not None and xxhash.xxh3_128_digest(put.data) != put.fingerprint:
+            # Its id is of other bytes, or its payload is: nobody could read it.
+            raise InvalidInputError(
+                "the state changed while it was saved",
+                hint="let save return before you change it, or save a copy",
+            )
+    for put, (codec, payload) in zip(puts, encoded, strict=True):
         is_delta = put.base is not None and codec in codecs.DELTAS
         record = Record.of(
             payload,

@@ -7,7 +7,7 @@ Never  touches storage but through a store or a session, or knows about steps an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
@@ -32,7 +32,9 @@ from deltackpt.modes import Taken, Tried, learned
 from deltackpt.pack import PackName
 from deltackpt.session import Parent, Session
 from deltackpt.shadow import Fresh, Shadow
+from deltackpt.staging import Look, Reusable, looks
 from deltackpt.tally import Tally
+from deltackpt.tree import Flat
 from deltackpt.trials import Pair, Trial, run_trials
 from deltackpt.types import DTYPE_SIZES, U8, Deferred, State, Tensor
 
@@ -132,13 +134,46 @@ def save(
     Raises
     ------
     InvalidInputError
-        If the state holds what has no plain form; names the key path.
+        If the state holds what has no plain form, with the key path; or changed meanwhile.
+    """
+    start = time.perf_counter()
+    flat = tree.flatten(state, allow_pickle=allow_pickle)
+    flatten_s = time.perf_counter() - start
+    memory = before(flat.tensors)
+    found = looks(flat.tensors, order_of(flat.tensors), memory, reusable(session))
+    saved = save_looks(session, flat, lambda _: found, memory, shadow)
+    saved.seconds = {"flatten": flatten_s, **saved.seconds}
+    return saved
+
+
+def save_looks(
+    session: Session,
+    flat: Flat,
+    looks: Callable[[Callable[[], int]], Iterable[Look]],
+    memory: Memory,
+    shadow: Shadow,
+    *,
+    is_staged: bool = False,
+) -> Saved:
+    """Put the chunks of a state that the store lacks into a session, its tensors being looked at already.
+
+    Parameters
+    ----------
+    session : Session
+    flat : Flat
+        The state; of its tensors only what they are is looked at.
+    looks : callable
+        Returns the tensors that have bytes, in the order of `order_of`, each compared with `memory`.  It is
+        given a function that saves what was taken so far, lets go of it, and returns the bytes it keeps.
+    memory : Memory
+        As `before` of `save` returns it.
+    shadow : Shadow
+    is_staged : bool
+        Whether the bytes of what changed are copies, which may be kept for the shadow.
     """
     clock = _Clock()
-    flat = tree.flatten(state, allow_pickle=allow_pickle)
-    clock.lap("flatten")
-    saver = _Saver(session, before(flat.tensors), shadow, clock)
-    knowns = saver.all(flat.tensors)
+    saver = _Saver(session, memory, shadow, clock, is_staged=is_staged)
+    knowns = saver.all(flat.tensors, looks(saver.settle))
     rows = [
         known.row if known is not None else _row(tensor, 0, b"", xxhash.xxh3_128_digest(b""))
         for tensor, known in zip(flat.tensors, knowns, strict=True)
@@ -156,6 +191,16 @@ def save(
     saved.logical_size = sum(row.size for row in rows)
     saved.n_chunks = sum(len(known.ends) for known in tensors)
     return saved
+
+
+def order_of(tensors: Sequence[Tensor | Deferred]) -> list[int]:
+    """Return the order in which tensors are to be looked at: casts of others after those."""
+    return Casts(tensors).order(tensors)
+
+
+def reusable(session: Session) -> Reusable:
+    """Return whether a session may rely on what is remembered of a tensor."""
+    return lambda known: known.packs is not None and session.may_use(known.packs)
 
 
 def _row(tensor: Tensor | Deferred, level: int, root: bytes, fingerprint: bytes) -> TensorRow:
@@ -221,12 +266,18 @@ class _Saver:
     a thousand, and hashing is done before encoders compete for the cores.
     """
 
-    def __init__(self, session: Session, memory: Memory, shadow: Shadow, clock: _Clock) -> None:
+    def __init__(
+        self, session: Session, memory: Memory, shadow: Shadow, clock: _Clock, *, is_staged: bool = False
+    ) -> None:
         self._session = session
+        self._is_staged = is_staged
+        self._reusable = reusable(session)
+        self._staged: dict[int, Tensor] = {}  # by their place: what others may be casts of
         self._memory = memory
         self._bases = Bases(session, memory, shadow)
         self._fresh_size_max = shadow.size_max
-        self._own_size_max = shadow.size_max - shadow.size  # what is there stays until the step is saved
+        # What is there stays until the step is saved; copies that are staged are there in any case.
+        self._own_size_max = shadow.size_max - (0 if is_staged else shadow.size)
         self._here = Memory()
         self._clock = clock
         self._knowns: list[Known | None] = []
@@ -237,60 +288,69 @@ class _Saver:
         self.tally = Tally()
         self.taken: list[Taken] = []
 
-    def all(self, tensors: Sequence[Tensor | Deferred]) -> list[Known | None]:
+    def all(self, tensors: Sequence[Tensor | Deferred], looks: Iterable[Look]) -> list[Known | None]:
         """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
         self._knowns = [None] * len(tensors)
         casts = Casts(tensors)
-        for at in casts.order(tensors):
-            given = tensors[at]
-            if given.size:
-                tensor = _taken(given)
-                found = casts.find(tensor)
-                source = None
-                if found is not None:
-                    source = self._source(found, tensors[found.at])
-                self._here.add(self._one(at, tensor, source, is_own=tensor is not given))
-                casts.add(at, tensor)
+        for look in looks:
+            self._clock.lap("compare")
+            found = casts.find(look.tensor) if look.is_safe or not self._is_staged else None
+            source = self._source(found, tensors[found.at]) if found is not None else None
+            self._here.add(self._one(look, source))
+            if look.is_safe or not self._is_staged:
+                casts.add(look.at, look.tensor)
+                if self._is_staged:
+                    self._staged[look.at] = look.tensor
             if self._pending_size >= _GROUP_SIZE:
                 self._put_pending()
         self._put_pending()
         return self._knowns
 
+    def settle(self) -> int:
+        """Save what was taken so far and let go of its bytes, but those for the shadow; return how many."""
+        self._put_pending()
+        self._session.settle()
+        self._staged = {}
+        return sum(fresh.data.size for fresh in self.fresh if fresh.is_own)
+
     def _source(self, found: Source, given: Tensor | Deferred) -> CastOf | None:
         """Return what a tensor is the cast of, if its bytes are still those that were saved."""
         known = self._knowns[found.at]
         assert known is not None
-        tensor = _taken(given)
+        if self._is_staged:
+            staged = self._staged.get(found.at)
+            return CastOf(known, staged, found.cast) if staged is not None else None
+        tensor = given.taken() if isinstance(given, Deferred) else given
         # What is taken again from where it is may have changed since: a delta must not be taken against that.
         if tensor is not given and fingerprint(tensor.data, known.ends) != known.fingerprints:
             return None
         return CastOf(known, tensor, found.cast)
 
-    def _one(self, at: int, tensor: Tensor, source: CastOf | None, *, is_own: bool) -> Known:
+    def _one(self, look: Look, source: CastOf | None) -> Known:
         """Note one tensor, and leave it to be put if it changed."""
-        before, ends, fingerprints, whole = self._cut(tensor, source)
-        if before is not None and fingerprints == before.fingerprints and self._reusable(before):
-            known = before if _is_same_row(before, tensor) else self._renamed(before, tensor)
+        if look.is_same and look.before is not None:
+            known = look.before if _is_same_row(look.before, look.tensor) else self._renamed(look)
         else:
-            known = self._changed(tensor, ends, fingerprints, whole, before, source, at, is_own=is_own)
-        self._knowns[at] = known
+            before, ends, fingerprints, whole = self._cut(look, source)
+            if before is not None and fingerprints == before.fingerprints and self._reusable(before):
+                known = self._renamed(look._replace(before=before))
+            else:
+                known = self._changed(look, ends, fingerprints, whole, before, source)
+        self._knowns[look.at] = known
         return known
 
-    def _cut(self, tensor: Tensor, source: CastOf | None) -> tuple[Known | None, Ends, list[bytes], bytes]:
+    def _cut(self, look: Look, source: CastOf | None) -> tuple[Known | None, Ends, list[bytes], bytes]:
         """Return what was there before, and the tensor's cuts, their fingerprints, and its own."""
-        before = self._memory.same_place(tensor)
+        tensor, before, fingerprints, whole = look.tensor, look.before, look.fingerprints, b""
         if before is None:
             whole = xxhash.xxh3_128_digest(tensor.data)
             before = self._here.same_content(tensor.size, whole)
             before = before or self._memory.same_content(tensor.size, whole)
-        else:
-            whole = b""
+            fingerprints = fingerprint(tensor.data, before.ends) if before is not None else []
         if before is not None:
-            fingerprints = fingerprint(tensor.data, before.ends)
             self._clock.lap("compare")
             if fingerprints == before.fingerprints or source is None or _fits(before.ends, source, tensor):
-                whole = whole or _whole(tensor, fingerprints)
-                return before, before.ends, fingerprints, whole
+                return before, before.ends, fingerprints, whole or _whole(tensor, fingerprints)
         if source is not None:  # cut where its source is, so that each chunk is the cast of one chunk
             ends = _scaled(source, tensor)
         else:
@@ -370,7 +430,8 @@ class _Saver:
             mode = tried.mode if tried is not None else None
             if mode == codecs.WHOLE:
                 parent = None  # or it would be read for nothing
-            self._session.put(ids[put.i].tobytes(), put.data, kind, parent, mode)
+            seen = p.known.fingerprints[put.i] if p.known.fingerprints is not None else None
+            self._session.put(ids[put.i].tobytes(), put.data, kind, parent, mode, seen)
 
     def _note_changed(self, p: _Pending) -> None:
         """Note that a tensor has new bytes, and keep them for the shadow if there is room."""
@@ -382,28 +443,24 @@ class _Saver:
             self._own_size_max -= size * p.is_own
             self.fresh.append(Fresh(p.tensor.name, p.known.row.root, p.tensor.data, p.is_own))
 
-    def _reusable(self, known: Known) -> bool:
-        return known.packs is not None and self._session.may_use(known.packs)
-
-    def _renamed(self, known: Known, tensor: Tensor) -> Known:
+    def _renamed(self, look: Look) -> Known:
         """Return the same chunks as another tensor's."""
+        known, tensor = look.before, look.tensor
+        assert known is not None
         row = known.row
         return replace(known, row=_row(tensor, row.level, row.root, row.fingerprint))
 
     def _changed(
         self,
-        tensor: Tensor,
+        look: Look,
         ends: Ends,
         fingerprints: list[bytes],
         whole: bytes,
         before: Known | None,
         source: CastOf | None,
-        at: int,
-        *,
-        is_own: bool,
     ) -> Known:
         """Identify a tensor's chunks and lists, to be put with the group."""
-        data = tensor.data
+        tensor, data = look.tensor, look.tensor.data
         ids = np.empty((len(ends), CHUNK_ID_SIZE), np.uint8)
         changed = np.ones(len(ends), np.bool_)
         if before is not None and before.fingerprints is not None:
@@ -421,14 +478,10 @@ class _Saver:
         self._clock.lap("identify")
         known = Known(_row(tensor, level, root, whole), ends, ids, fingerprints, None)
         self._pending.append(
-            _Pending(at, tensor, known, asked, packs, lists, list_ids, before, source, is_own)
+            _Pending(look.at, tensor, known, asked, packs, lists, list_ids, before, source, look.is_own)
         )
         self._pending_size += tensor.size
         return known
-
-
-def _taken(given: Tensor | Deferred) -> Tensor:
-    return given.taken() if isinstance(given, Deferred) else given
 
 
 def _is_same_row(known: Known, tensor: Tensor) -> bool:

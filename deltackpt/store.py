@@ -10,8 +10,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -427,34 +426,3 @@ def _create(backend: Backend) -> None:
     # After the barrier: whoever finds a descriptor may rely on the directories.
     backend.create_once(DESCRIPTOR, seal(body))
     backend.barrier()
-
-
-class _Pool:
-    """The process's worker threads, made when first needed and again in a forked child."""
-
-    def __init__(self, n_threads: Callable[[], int]) -> None:
-        self._n_threads = n_threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def get(self) -> ThreadPoolExecutor:
-        """Return the pool."""
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._n_threads(), "deltackpt")
-            return self._pool
-
-    def forget(self) -> None:
-        """Start anew in a forked child: threads are not inherited, a lock that one held is."""
-        self._lock = threading.Lock()
-        self._pool = None
-
-
-def n_threads() -> int:
-    """Return how many threads encode and decode: one a core this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-workers = _Pool(n_threads)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=workers.forget)

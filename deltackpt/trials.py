@@ -16,8 +16,9 @@ from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind, Mode
 from deltackpt.errors import DeltackptError
 from deltackpt.session import Parent
-from deltackpt.store import Store, workers
+from deltackpt.store import Store
 from deltackpt.types import U8
+from deltackpt.workers import workers
 
 
 class Pair(NamedTuple):
@@ -38,7 +39,7 @@ def run_trials(store: Store, trials: Sequence[Trial]) -> list[Mode | None]:
     """Return the best mode of each, in threads; None where a base cannot be read."""
     if len(trials) < 2:
         return [_run(store, trial) for trial in trials]
-    return list(workers.get().map(lambda trial: _run(store, trial), trials))
+    return list(workers.map(lambda trial: _run(store, trial), trials))
 
 
 def _run(store: Store, trial: Trial) -> Mode | None:

@@ -34,8 +34,9 @@ from deltackpt.records import (
 from deltackpt.refs import Listing
 from deltackpt.restore import resolve
 from deltackpt.run import read_manifest
-from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store, workers
+from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store
 from deltackpt.types import U8
+from deltackpt.workers import workers
 
 Level = Literal["references", "stored", "decode"]
 #: A name may claim any number.
@@ -372,7 +373,7 @@ class _Verifier:
 
         names = sorted(self._packs)
         bad: list[tuple[str, str, bytes | None]] = []
-        for name, problems in zip(names, workers.get().map(check, names), strict=True):
+        for name, problems in zip(names, workers.map(check, names), strict=True):
             bad += [(name.key, message, chunk_id) for message, chunk_id in problems]
             self._report.checked_size += self._packs[name]
         hits = self._hits({chunk_id for *_, chunk_id in bad if chunk_id}) if bad else {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 
 import deltackpt
-from deltackpt import LazyArray, Run, SaveReport, Store
+from deltackpt import LazyArray, Pending, Run, SaveReport, Store
 
 #: Classes that a user gets and does not make.
-GIVEN = {LazyArray, Run, SaveReport, Store}
+GIVEN = {LazyArray, Pending, Run, SaveReport, Store}
 #: Those whose members a user calls.
 CALLED = {LazyArray, Run}
 

@@ -17,8 +17,9 @@ from deltackpt.codecs import NAMES
 from deltackpt.errors import DeltackptError
 from deltackpt.format import VERSION, seal
 from deltackpt.session import Session
-from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store, workers
+from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
 from deltackpt.verify import verify
+from deltackpt.workers import workers
 
 #: Flips are found in every byte; so are the cuts of files up to this size, of others a sample.
 CUT_ALL_SIZE = 400
@@ -40,7 +41,7 @@ class AtOnce(Executor):
 
 @pytest.fixture(autouse=True)
 def no_threads(monkeypatch):
-    monkeypatch.setattr(type(workers), "get", lambda self: AtOnce())
+    monkeypatch.setattr(workers, "_pool", AtOnce())
 
 
 def moved(i):

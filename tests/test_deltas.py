@@ -13,6 +13,7 @@ from deltackpt.memory import Memory
 from deltackpt.run import Run
 from deltackpt.session import Session
 from deltackpt.shadow import Shadow
+from deltackpt.staging import looks
 from deltackpt.types import Deferred, Tensor
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -328,11 +329,11 @@ def test_a_source_that_moves_between_two_looks_is_no_source(backend):
     """As memory of a device may: what is copied again must be what was saved."""
     wide = weights(600_000).astype(np.float64)
     narrow = wide.astype(np.float32)
-    looks = []
+    taken = []
 
     def take():
-        looks.append(1)
-        return (wide + (len(looks) > 1)).view(np.uint8)
+        taken.append(1)
+        return (wide + (len(taken) > 1)).view(np.uint8)
 
     n = len(wide)
     tensors = [
@@ -342,10 +343,11 @@ def test_a_source_that_moves_between_two_looks_is_no_source(backend):
     store = open_store(backend)
     with Session(store, "main", 0) as session:
         saver = snapshot._Saver(session, Memory(), Shadow(0), snapshot._Clock())
-        knowns = saver.all(tensors)
+        found = looks(tensors, snapshot.order_of(tensors), Memory(), snapshot.reusable(session))
+        knowns = saver.all(tensors, found)
         session.publish(None)
         rows = session.rows()
-    assert len(looks) == 2
+    assert len(taken) == 2
     assert not rows["depth"].any()
     found = np.empty(narrow.nbytes, np.uint8)
     restore.fill(store, [(knowns[1].row, found)])

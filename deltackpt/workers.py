@@ -1,0 +1,75 @@
+"""Workers: the threads of this process that hash, encode and decode.
+
+Owns   how many there are, their one pool, and what happens at the end of the interpreter.
+Never  knows what they do.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def n_threads() -> int:
+    """Return how many threads encode and decode: one a core this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def submit(pool: ThreadPoolExecutor, function: Callable[..., R], *args: Any) -> Future[R]:
+    """Have a thread of a pool call a function; if the pool takes nothing any more, call it here.
+
+    At the end of the interpreter pools take nothing, but a save that is under way then is to be finished.
+    """
+    try:
+        return pool.submit(function, *args)
+    except RuntimeError:  # also where no thread can be started
+        future: Future[R] = Future()
+    try:
+        future.set_result(function(*args))
+    except BaseException as e:
+        future.set_exception(e)
+    return future
+
+
+class Workers:
+    """Worker threads, made when first needed and again in a forked child.
+
+    Examples
+    --------
+    >>> list(Workers(n_threads).map(abs, [-1, 2, -3]))
+    [1, 2, 3]
+    """
+
+    def __init__(self, n: Callable[[], int]) -> None:
+        self._n = n
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable[..., R], *args: Any) -> Future[R]:
+        """Have a thread call a function."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._n(), "deltackpt")
+            pool = self._pool
+        return submit(pool, function, *args)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Return what a function says of each item, in order, asked for in threads."""
+        futures = [self.submit(function, item) for item in items]
+        return (future.result() for future in futures)
+
+    def forget(self) -> None:
+        """Start anew in a forked child: threads are not inherited, a lock that one held is."""
+        self._lock = threading.Lock()
+        self._pool = None
+
+
+workers = Workers(n_threads)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.forget)

@@ -38,13 +38,13 @@ def test_the_last_level_is_left_to_casts(depth_max):
 
 
 def test_a_full_chain_leads_to_its_root_and_a_full_root_to_a_keyframe():
-    full = Candidate("previous", b"p", copy(2, int(100 * COST_MAX) - 59))
+    full = Candidate("previous", b"p", copy(2, int(100 * COST_MAX) - 29))
     root = Candidate("root", b"r", copy(0, 83))
     assert plan(False, [full, root], 8).base is root
     refused = plan(False, [full], 8)
     assert (refused.action, refused.base, refused.parent) == ("whole", None, None)
     assert "chain" in refused.why
-    assert plan(False, [full._replace(copy=copy(2, int(100 * COST_MAX) - 60))], 8).action == "delta"
+    assert plan(False, [full._replace(copy=copy(2, int(100 * COST_MAX) - 30))], 8).action == "delta"
 
 
 def test_a_plan_tells_the_session_what_it_needs():

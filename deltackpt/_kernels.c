@@ -1,7 +1,7 @@
 /* The arithmetic of deltackpt on plain byte buffers, as a CPython extension (limited API, Python >= 3.11).
  *
- * Owns   the compiled twin of every kernel in kernels.py, equal to the NumPy one bit for bit.
- * Never  allocates, keeps state, reads a file, or touches a Python object while the GIL is released.
+ * Owns   the compiled twin of every kernel in kernels.py and differences.py, equal to the NumPy one bit for bit.
+ * Never  keeps state, reads a file, or touches a Python object while the GIL is released.
  *
  * Plain C, no intrinsics: loops are written so that a compiler vectorises them, and where it can, gcc builds each
  * hot function three times and the loader picks one (target_clones).  Pointers may be unaligned: memcpy loads.
@@ -593,6 +593,9 @@ typedef struct {
     (GROUP_BLOCK * (UINT64_C(1) << PLACE_BITS | UINT64_C(2) << 2 * PLACE_BITS | UINT64_C(3) << 3 * PLACE_BITS |    \
                     UINT64_C(4) << 4 * PLACE_BITS))
 
+/* What stands for a plane that is all zeros. */
+static const uint8_t no_bytes[GROUP_BLOCK];
+
 TEMPLATE void to_shifts(uint8_t class_of[GROUP_BLOCK + 8])
 {
     size_t i;
@@ -645,13 +648,33 @@ TEMPLATE uint8_t *write_digits(const uint8_t *class_of, size_t m, size_t n_class
                             : to;
 }
 
+/* table[v] = the digits of v, and zeros or what has no place in a byte behind them. */
 static void digits_table(size_t n_classes, uint8_t table[256][8])
 {
-    size_t v, d, rest;
-    if (n_classes > 1)
-        for (v = 0; v < 256; v++)
-            for (d = 0, rest = v; d < 8; d++, rest /= n_classes)
-                table[v][d] = (uint8_t)(rest % n_classes);
+    size_t v, d;
+    memset(table[0], 0, 8);
+    for (v = 1; n_classes > 1 && v < 256; v++) { /* one more than the last, with carries: 2048 divisions take 5 us */
+        memcpy(table[v], table[v - 1], 8);
+        for (d = 0; d < 8; d++) {
+            if (++table[v][d] < n_classes)
+                break;
+            table[v][d] = 0;
+        }
+    }
+}
+
+/* How many of a block's first m elements are of a class: in bytes, 240 at a time, as many as a register has. */
+TEMPLATE size_t count_class(const uint8_t *class_of, size_t m, size_t c)
+{
+    size_t i, j, n = 0;
+    for (i = 0; i < m; i += GROUP_BLOCK / 2) {
+        size_t end = m - i < GROUP_BLOCK / 2 ? m : i + GROUP_BLOCK / 2;
+        uint8_t here = 0;
+        for (j = i; j < end; j++)
+            here = (uint8_t)(here + (class_of[j] == (uint8_t)c));
+        n += here;
+    }
+    return n;
 }
 
 /* A byte too large for its digits gives some: then the classes have other sizes, or the chunk another id. */
@@ -769,6 +792,32 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             for (i = 0; i < m; i++)                                                                                \
                 z[i] = (UINT)(from[i] + unzigzag_##WIDTH(z[i]));                                                   \
     }                                                                                                              \
+    /* to[j] = the bytes j of so many planes, from `at` on, the first the lowest; in one pass where there are few. */\
+    TEMPLATE void gather_##WIDTH(const uint8_t *const *planes, size_t length, size_t at, size_t n, UINT *to)      \
+    {                                                                                                             \
+        const uint8_t *p[4];                                                                                      \
+        size_t j, l;                                                                                              \
+        for (l = 0; l < 4; l++)                                                                                   \
+            p[l] = l < length && planes[l] ? planes[l] + at : no_bytes;                                           \
+        if (length == 0)                                                                                          \
+            memset(to, 0, n * sizeof *to);                                                                        \
+        else if (length == 1)                                                                                     \
+            for (j = 0; j < n; j++)                                                                               \
+                to[j] = p[0][j];                                                                                  \
+        else if (length == 2)                                                                                     \
+            for (j = 0; j < n; j++)                                                                               \
+                to[j] = (UINT)(p[0][j] | (uint32_t)p[1][j] << 8);                                                 \
+        else if (length == 3)                                                                                     \
+            for (j = 0; j < n; j++)                                                                               \
+                to[j] = (UINT)(p[0][j] | (uint32_t)p[1][j] << 8 | (uint32_t)p[2][j] << 16);                       \
+        else                                                                                                      \
+            for (j = 0; j < n; j++)                                                                               \
+                to[j] = (UINT)(p[0][j] | (uint32_t)p[1][j] << 8 | (uint32_t)p[2][j] << 16 | (uint32_t)p[3][j] << 24);\
+        for (l = 4; l < length; l++)                                                                              \
+            if (planes[l])                                                                                        \
+                for (j = 0; j < n; j++)                                                                           \
+                    to[j] = (UINT)(to[j] | (UINT)((uint64_t)planes[l][at + j] << (8 * l)));                       \
+    }                                                                                                             \
     /* counts[l] = differences whose highest byte that is not zero is the l-th; counts[0] of those that are 0. */ \
     CLONES static void delta_lengths_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int map, int cast,\
                                              float scale, int64_t counts[WIDTH + 1])                              \
@@ -782,7 +831,7 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                           \
             counts[0] += (int64_t)m;                                                                              \
             for (l = 0; l < WIDTH; l++) {                                                                         \
-                UINT limit = (UINT)(((UINT)1 << (8 * l % (8 * WIDTH))) - 1);                                      \
+                UINT limit = (UINT)(((UINT)1 << (8 * l)) - 1);                                                    \
                 uint32_t longer = 0;                                                                              \
                 for (j = 0; j < m; j++)                                                                           \
                     longer += z[j] > limit;                                                                       \
@@ -805,7 +854,8 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             uint64_t next = FIRST_PLACES;                                                                         \
             differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                           \
             memset(class_of, 0, sizeof class_of);                                                                 \
-            for (c = 0; c + 1 < of->n; c++) {                                                                     \
+            /* What is longer than the last gets a class that is none: then they are too few. */                  \
+            for (c = 0; c < of->n && of->lengths[c] < WIDTH; c++) {                                               \
                 UINT limit = (UINT)(((UINT)1 << (8 * of->lengths[c])) - 1);                                       \
                 for (j = 0; j < m; j++)                                                                           \
                     class_of[j] = (uint8_t)(class_of[j] + (z[j] > limit));                                        \
@@ -836,7 +886,7 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
     {                                                                                                             \
         UINT z[GROUP_BLOCK], from[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                \
         uint8_t class_of[GROUP_BLOCK + 8], table[256][8];                                                         \
-        size_t at[N_CLASSES_MAX] = {0}, i, j, c, l;                                                               \
+        size_t at[N_CLASSES_MAX] = {0}, i, j, c;                                                                  \
         digits_table(of->n, table);                                                                               \
         for (i = 0; i < n; i += GROUP_BLOCK) {                                                                    \
             size_t m = n - i < GROUP_BLOCK ? n - i : GROUP_BLOCK;                                                 \
@@ -845,16 +895,11 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             digits = read_digits(digits, m, of->n, (const uint8_t(*)[8])table, class_of);                         \
             for (c = 0; c < of->n; c++) {                                                                         \
                 UINT *to = some + c * GROUP_BLOCK;                                                                \
-                uint32_t here = 0;                                                                                \
-                for (j = 0; j < m; j++)                                                                           \
-                    here += class_of[j] == c;                                                                     \
+                size_t here = count_class(class_of, m, c);                                                        \
                 if (here > of->counts[c] - at[c])                                                                 \
                     return 0;                                                                                     \
-                memset(to, 0, here * sizeof *to);                                                                 \
-                for (l = 0; l < of->lengths[c]; l++, plane++)                                                     \
-                    if (*plane)                                                                                   \
-                        for (j = 0; j < here; j++)                                                                \
-                            to[j] = (UINT)(to[j] | (UINT)((UINT)(*plane)[at[c] + j] << (8 * l)));                 \
+                gather_##WIDTH(plane, of->lengths[c], at[c], here, to);                                           \
+                plane += of->lengths[c];                                                                          \
                 at[c] += here;                                                                                    \
             }                                                                                                     \
             to_shifts(class_of);                                                                                  \

@@ -173,4 +173,5 @@ def _cast(source: CastOf, start: int, end: int, itemsize: int) -> Candidate | No
         offset=start - first,
         cast=source.cast,
         data=source.tensor.data[first:stop],
+        fingerprint=source.known.fingerprints[j] if source.known.fingerprints is not None else None,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,6 +27,8 @@ from deltackpt.types import U8
 #: that let go of the lock of the interpreter for every little thing wait for each other: with 1 MiB a chain
 #: of four takes 1.3 times as long as with 8 on two cores.
 _GROUP_SIZE = 8 << 20
+#: What a link itself takes, about: plain values, views, a header.
+_LINK_SIZE = 1 << 10
 _HEADER_SIZE = RECORD_HEADER.size
 #: format.ROW
 _ROW = struct.Struct("<32s32sQIIIHBB")
@@ -119,7 +121,7 @@ class Reader:
             If a record is damaged, is another's, has no base, or is not there.
         """
         data: U8 | None = None
-        links = [link for one in wanted for link in self._chain(one, bases)]
+        links = (link for one in wanted for link in self._chain(one, bases))
         n = 0
         for group in _groups(links):
             fetched = self._fetch(group)
@@ -205,12 +207,12 @@ def _check_is(link: _Link, record: Record) -> None:
         raise CorruptError(f"{link.where}: record of chunk {record.id.hex()[:16]} differs from its row")
 
 
-def _groups(links: _Group) -> Iterator[_Group]:
+def _groups(links: Iterable[_Link]) -> Iterator[_Group]:
     """Split links into runs whose payloads and bytes fit into memory together."""
     group: _Group = []
     group_size = 0
     for link in links:
-        size = link.row.stored_size + link.row.raw_size
+        size = link.row.stored_size + link.row.raw_size + _LINK_SIZE
         if group and group_size + size > _GROUP_SIZE:
             yield group
             group, group_size = [], 0

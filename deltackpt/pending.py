@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable
 
-from deltackpt.errors import StorageError
+from deltackpt.errors import InvalidInputError, StorageError
 from deltackpt.report import SaveReport
 
 log = logging.getLogger("deltackpt")
@@ -23,26 +24,25 @@ class Pending:
     Parameters
     ----------
     run, step : str, int
-    work : callable
-        Saves, and returns the report.
 
     Examples
     --------
-    >>> pending = Pending("main", 7, lambda: SaveReport("main", 7, 0, 0, 0, 0, 0, 0, {}, 0.0))
+    >>> pending = Pending("main", 7)
+    >>> pending.work = lambda: SaveReport("main", 7, 0, 0, 0, 0, 0, 0, {}, 0.0)
     >>> pending.begin()
     >>> pending.wait().step, pending.done(), pending.error
     (7, True, None)
     """
 
-    def __init__(self, run: str, step: int, work: Callable[[], SaveReport]) -> None:
+    def __init__(self, run: str, step: int) -> None:
         self.run = run
         self.step = step
+        #: Saves, and returns the report.
+        self.work: Callable[[], SaveReport] | None = None
         #: What stopped it, once it is done; None if it is saved.
         self.error: BaseException | None = None
         self._report: SaveReport | None = None
-        self._work = work
         self._is_told = False
-        self._staged = threading.Event()
         self._done = threading.Event()
         self._pid = os.getpid()
         # No daemon: the interpreter waits for it at its end, so that the last save is not lost.
@@ -54,24 +54,24 @@ class Pending:
 
     def _save(self) -> None:
         try:
-            self._report = self._work()
+            work, self.work = self.work, None  # with it goes what it holds of the state
+            assert work is not None
+            self._report = work()
         except BaseException as e:
             log.error("run %r step %d is not saved: %s", self.run, self.step, e)
+            traceback.clear_frames(e.__traceback__)  # they hold every copy of the state
             self.error = e
         finally:
-            del self._work  # with it goes what it holds of the state
+            work = None
             self._done.set()
-
-    def mark_staged(self) -> None:
-        """Say that the state may be changed."""
-        self._staged.set()
 
     def staged(self) -> bool:
         """Return whether the state may be changed: always, of what `save_async` has returned."""
-        return self._staged.is_set()
+        return True
 
     def done(self) -> bool:
         """Return whether it is over: saved and durable, or failed."""
+        self._check_process()
         return self._done.is_set()
 
     @property
@@ -91,8 +91,15 @@ class Pending:
         TimeoutError
             If it takes longer; it goes on.
         DeltackptError
-            What made it fail; then the steps are as before.
+            What made it fail: as of `deltackpt.delta.save`.
+        InvalidInputError
+            If it is called by what the save itself calls, as `on_save` is.
         """
+        if threading.current_thread() is self._thread:
+            raise InvalidInputError(
+                f"run {self.run!r} step {self.step}: on_save cannot wait for its own save",
+                hint="use the report it is given",
+            )
         self._check_process()
         if not self._done.wait(timeout_s):
             raise TimeoutError(f"run {self.run!r} step {self.step}: not saved after {timeout_s} s")
@@ -103,7 +110,7 @@ class Pending:
         return self._report
 
     def settle(self) -> None:
-        """Wait until it is over; raise what made it fail, unless `wait` has.
+        """Wait until it is over; raise what made it fail, unless somebody was told.
 
         Does nothing in the thread that saves, where `on_save` may save once more.
         """
@@ -115,17 +122,21 @@ class Pending:
             self._is_told = True
             raise self.error
 
+    def cancel(self) -> None:
+        """Say that it never began; `save_async` raises why."""
+        self._is_told = True
+        self._done.set()
+
     def give_up(self) -> None:
-        """Wait until it is over; whoever calls has met the error that made it fail, and raises that."""
+        """Wait until it is over; `save_async` raises what ends it."""
         self._is_told = True
         self._done.wait()
 
     def _check_process(self) -> None:
         """A forked child has no thread that would ever end this."""
         if os.getpid() != self._pid and not self._done.is_set():
-            self._done.set()
             self.error = StorageError(
                 f"run {self.run!r} step {self.step}: is saved by the process that this one was forked from",
                 hint="save and wait in one process",
             )
-            self._is_told = True
+            self._done.set()

@@ -37,6 +37,8 @@ class Candidate(NamedTuple):
         As of `codecs.Base`.
     data : ndarray of uint8, optional
         Its bytes, where they are in memory.
+    fingerprint : bytes, optional
+        Their xxh3_128, where they are part of the state that is saved, which somebody may change.
     """
 
     why: str
@@ -45,6 +47,7 @@ class Candidate(NamedTuple):
     offset: int = 0
     cast: int = 0
     data: U8 | None = None
+    fingerprint: bytes | None = None
 
 
 class Plan(NamedTuple):
@@ -67,7 +70,10 @@ class Plan(NamedTuple):
         if base is None or base.copy is None:
             return None
         size = base.copy.raw_size if base.data is None else base.data.size
-        return Parent(base.id, base.copy.depth, base.data, size, base.offset, base.cast, base.copy.packs)
+        copy = base.copy
+        return Parent(
+            base.id, copy.depth, base.data, size, base.offset, base.cast, copy.packs, base.fingerprint
+        )
 
     def __str__(self) -> str:
         return f"{self.action}: {self.why}"

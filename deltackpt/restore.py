@@ -6,6 +6,7 @@ Never  writes, or knows about states, steps and runs.
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,11 @@ from deltackpt.store import Store
 from deltackpt.types import U8
 from deltackpt.workers import n_threads, workers
 
+log = logging.getLogger("deltackpt")
 R = TypeVar("R")
+
+#: Chunks in a run, however small: what is known of one while it is read takes a kilobyte.
+_N_CHUNKS_MAX = 2048
 
 #: Bytes a thread restores at a time: a task costs about 30 us, this much 2 ms, and is read together.
 _TASK_SIZE = 2 << 20
@@ -35,7 +40,7 @@ def spans(ends: npt.NDArray[np.int64], size: int) -> Iterator[tuple[int, int]]:
     """Split chunks into runs of about `size` bytes: first chunk, chunk after the last."""
     first, start = 0, 0
     for i, end in enumerate(ends.tolist()):
-        if end - start >= size:
+        if end - start >= size or i - first >= _N_CHUNKS_MAX:
             yield first, i + 1
             first, start = i + 1, end
     if first < len(ends):
@@ -229,7 +234,8 @@ def _read_all(
             wanted.append(Wanted(ids[i].tobytes(), found[i], out, base))
         try:
             store.read_copies(wanted, bases)
-        except (CorruptError, NotFoundError):
+        except (CorruptError, NotFoundError) as e:
+            log.info("%s; reading each chunk alone", e.message)
             # Alone, each finds another copy, or says what is wrong with it.
             for row, (chunk_id, at, out, base) in zip(rows, wanted, strict=True):
                 with _naming(row):

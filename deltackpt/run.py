@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
@@ -51,6 +52,7 @@ from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.snapshot import Saved
 from deltackpt.staging import Staging, looks
 from deltackpt.store import Store, Where, open_store
+from deltackpt.tree import Flat
 from deltackpt.types import U8, Deferred, State, Tensor
 
 log = logging.getLogger("deltackpt")
@@ -107,7 +109,7 @@ class Run:
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
         self._shadow = Shadow(shadow if memory_max is None else min(shadow, memory_max // 3))
-        self._pending: Pending | None = None
+        self._pendings: list[Pending] = []  # under way, or failed and not told
         self._pid = os.getpid()
         self._last_step: int | None = None
         self._lock = threading.Lock()
@@ -120,7 +122,7 @@ class Run:
     ) -> None:
         try:
             self.close()
-        except DeltackptError:
+        except Exception:
             if error is None:
                 raise
             # It is logged; what ends the block says more.
@@ -133,7 +135,8 @@ class Run:
         DeltackptError
             What made that save fail, if nobody was told yet.
         """
-        self._after_fork()
+        if self._pid != os.getpid():
+            return  # a forked child: its parent closes it
         try:
             self._settle()
         finally:
@@ -488,7 +491,7 @@ class Run:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start, meter = time.perf_counter(), Meter()
         what = _What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}))
-        self._after_fork()
+        self._check_process()
         self._settle()
         with self._lock:
             self._prepare()
@@ -506,9 +509,7 @@ class Run:
                 except StorageError as again:
                     if session.deciding or not session.is_fenced():
                         raise
-                    raise ConflictError(
-                        f"run {self.name!r} step {step}: gc gave this save up for dead", hint="save again"
-                    ) from again
+                    raise _given_up(self.name, step) from again
             report = self._retained(report, start)
         report = replace(report, stall_s=report.total_s, energy=_taken(meter, report))
         self._tell(report)
@@ -568,80 +569,100 @@ class Run:
             raise InvalidInputError(
                 f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
             )
-        self._after_fork()
-        busy = self._pending
-        if busy is not None and not busy.done():
+        self._check_process()
+        self._settle(wait=when_busy == "wait")
+        if not self._lock.acquire(blocking=when_busy == "wait"):
             if when_busy == "skip":
                 return None
-            if when_busy == "fail":
-                raise ConflictError(
-                    f"run {self.name!r} step {busy.step}: is still being saved",
-                    hint="save less often, or when_busy='wait'",
-                )
-        self._settle()
-        self._lock.acquire()
+            raise ConflictError(
+                f"run {self.name!r} step {step}: a step is still being saved",
+                hint="save less often, or when_busy='wait'",
+            )
+        session = staging = pending = None
+        owner = threading.Lock()
         try:
             self._prepare()
             session = self._open(what.step, overwrite)
-            try:
-                flat = tree.flatten(state, allow_pickle=allow_pickle)
-                memory = self._before(flat.tensors)
-            except BaseException:
-                session.abort()
-                raise
-        except BaseException:
-            self._lock.release()
+            flat = tree.flatten(state, allow_pickle=allow_pickle)
+            memory = self._before(flat.tensors)
+            found = looks(flat.tensors, snapshot.order_of(flat.tensors), memory, snapshot.reusable(session))
+            room = None if self.memory_max is None else max(0, self.memory_max - self._shadow.size)
+            pending = Pending(self.name, what.step)
+            staging = Staging(room, start, pending.begin)
+            # The state itself is the caller's again when this returns: the thread must not hold it.
+            bare = flat._replace(tensors=[_without_bytes(tensor) for tensor in flat.tensors])
+            pending.work = partial(
+                self._save_staged, session, bare, staging, memory, what, start, meter, owner
+            )
+            self._pendings.append(pending)
+            staging.stage(found)
+        except BaseException as e:
+            if owner.acquire(blocking=False):  # or the thread has it, and takes back what it wrote
+                if pending is not None:
+                    pending.cancel()
+                if session is not None:
+                    session.abort()
+                self._lock.release()
+            elif staging is not None and pending is not None:
+                staging.fail(e)
+                pending.give_up()
             raise
-        room = None if self.memory_max is None else max(0, self.memory_max - self._shadow.size)
-        staging = Staging(room, start)
+        meter.resume()
+        return pending
 
-        def work() -> SaveReport:
+    def _save_staged(
+        self,
+        session: Session,
+        flat: Flat,
+        staging: Staging,
+        memory: Memory,
+        what: _What,
+        start: float,
+        meter: Meter,
+        owner: threading.Lock,
+    ) -> SaveReport:
+        """Save what is staged, in a thread; then let go of the lock that `save_async` took."""
+        if not owner.acquire(blocking=False):
+            raise _given_up(self.name, what.step)
+        try:
             try:
                 with session:
                     saved = snapshot.save_looks(
                         session, flat, staging.received, memory, self._shadow, is_staged=True
                     )
-                    saved.seconds["stage"] = staging.stall_s
                     report = self._commit(session, saved, what, start, meter)
-                report = self._retained(report, start)
-            finally:
-                staging.end()
-                self._lock.release()
-            report = replace(report, stall_s=staging.stall_s, energy=_taken(meter, report))
-            self._tell(report)
-            return report
-
-        pending = Pending(self.name, what.step, work)
-        try:
-            pending.begin()
-        except BaseException:
-            session.abort()
+            except StorageError as e:
+                if session.deciding or not session.is_fenced():
+                    raise
+                raise _given_up(self.name, what.step) from e
+            report = self._retained(report, start)
+        finally:
+            staging.end()
             self._lock.release()
-            raise
-        self._pending = pending
-        order = snapshot.order_of(flat.tensors)
-        try:
-            staging.stage(looks(flat.tensors, order, memory, snapshot.reusable(session)))
-        except BaseException:
-            pending.give_up()  # it met the same error, and has taken back what it wrote
-            raise
-        meter.resume()
-        pending.mark_staged()
-        return pending
+        report = replace(report, stall_s=staging.stall_s, energy=_taken(meter, report))
+        self._tell(report)
+        return report
 
-    def _settle(self) -> None:
-        """Wait for the save under way; raise what made it fail, if nobody was told."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.settle()
+    def _settle(self, *, wait: bool = True) -> None:
+        """Wait for saves under way; raise what made one fail, if nobody was told."""
+        for pending in list(self._pendings):
+            if wait or pending.done():
+                try:
+                    pending.settle()
+                finally:
+                    if pending.done() and pending in self._pendings:
+                        self._pendings.remove(pending)
 
-    def _after_fork(self) -> None:
-        """In a forked child, forget what a thread of the parent holds or is about to change."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._lock = threading.Lock()
-            self._pending = self._memory = None
-            self._shadow.clear()
+    def _check_process(self) -> None:
+        """Refuse to save in a child that was forked in a save: locks that a thread held are held for ever."""
+        if self._pid == os.getpid():
+            return
+        if self._lock.locked() or not all(pending.done() for pending in self._pendings):
+            raise InvalidInputError(
+                f"run {self.name!r}: this process was forked while a step was saved",
+                hint="open the store anew in the child",
+            )
+        self._pid = os.getpid()
 
     def _tell(self, report: SaveReport) -> None:
         """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""
@@ -817,6 +838,19 @@ class Run:
         commit = self._find(step)
         with self.reading(commit):
             return read_manifest(self.store, commit)
+
+
+def _given_up(run: str, step: int) -> ConflictError:
+    return ConflictError(f"run {run!r} step {step}: gc gave this save up for dead", hint="save again")
+
+
+def _without_bytes(tensor: Tensor | Deferred) -> Deferred:
+    """Return what a tensor is, without its bytes."""
+    return Deferred(tensor.name, tensor.dtype, tensor.shape, tensor.framework, _no_bytes)
+
+
+def _no_bytes() -> U8:
+    raise AssertionError("what is staged is not taken again")
 
 
 class _What(NamedTuple):

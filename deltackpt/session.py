@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -78,6 +79,8 @@ class Parent(NamedTuple):
     packs : frozenset of PackName
         As `look_up` said; `Session.packs` has them once a delta of this is written.  Of a chunk of the same
         session they are not needed; of another one, `put` asks for them if there are none, 100 us a chunk.
+    fingerprint : bytes, optional
+        The xxh3_128 of `data`, where that is somebody's state: see `Session.put`.
     """
 
     id: bytes
@@ -87,6 +90,7 @@ class Parent(NamedTuple):
     offset: int = 0
     cast: int = 0
     packs: frozenset[PackName] = frozenset()
+    fingerprint: bytes | None = None
 
 
 class Session:
@@ -570,14 +574,12 @@ def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
             base = Base(data, put.base.offset, put.base.cast) if data is not None else None
         chunks.append(Chunk(put.data, put.kind, put.buffer, base, put.mode))
     ready = []
-    encoded = codecs.encode_all(chunks)
-    for put in puts:
-        if put.fingerprint is not None and xxhash.xxh3_128_digest(put.data) != put.fingerprint:
-            # Its id is of other bytes, or its payload is: nobody could read it.
-            raise InvalidInputError(
-                "the state changed while it was saved",
-                hint="let save return before you change it, or save a copy",
-            )
+    try:
+        encoded = codecs.encode_all(chunks)
+    except InvalidInputError:
+        _check_unchanged(puts)  # what changes meanwhile may be of other sizes at every look
+        raise
+    _check_unchanged(puts)
     for put, (codec, payload) in zip(puts, encoded, strict=True):
         is_delta = put.base is not None and codec in codecs.DELTAS
         record = Record.of(
@@ -591,6 +593,20 @@ def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
         )
         ready.append(_Ready(record, payload))
     return ready
+
+
+def _check_unchanged(puts: Sequence[_Put]) -> None:
+    """Refuse what is not what it was when its id, or its base's, was made: nobody could read it."""
+    for put in puts:
+        seen = [(put.data, put.fingerprint)]
+        if put.base is not None and put.base.data is not None:
+            seen.append((put.base.data, put.base.fingerprint))
+        for data, fingerprint in seen:
+            if fingerprint is not None and xxhash.xxh3_128_digest(data) != fingerprint:
+                raise InvalidInputError(
+                    "the state changed while it was saved",
+                    hint="let save return before you change it, or save a copy",
+                )
 
 
 def _read_bases(store: Store, bases: list[Parent]) -> dict[bytes, U8]:

@@ -149,7 +149,7 @@ def save(
 def save_looks(
     session: Session,
     flat: Flat,
-    looks: Callable[[Callable[[], int]], Iterable[Look]],
+    walk: Callable[[Callable[[], int]], Iterable[Look]],
     memory: Memory,
     shadow: Shadow,
     *,
@@ -162,7 +162,7 @@ def save_looks(
     session : Session
     flat : Flat
         The state; of its tensors only what they are is looked at.
-    looks : callable
+    walk : callable
         Returns the tensors that have bytes, in the order of `order_of`, each compared with `memory`.  It is
         given a function that saves what was taken so far, lets go of it, and returns the bytes it keeps.
     memory : Memory
@@ -173,7 +173,7 @@ def save_looks(
     """
     clock = _Clock()
     saver = _Saver(session, memory, shadow, clock, is_staged=is_staged)
-    knowns = saver.all(flat.tensors, looks(saver.settle))
+    knowns = saver.all(flat.tensors, walk(saver.settle))
     rows = [
         known.row if known is not None else _row(tensor, 0, b"", xxhash.xxh3_128_digest(b""))
         for tensor, known in zip(flat.tensors, knowns, strict=True)
@@ -293,14 +293,16 @@ class _Saver:
         self._knowns = [None] * len(tensors)
         casts = Casts(tensors)
         for look in looks:
-            self._clock.lap("compare")
-            found = casts.find(look.tensor) if look.is_safe or not self._is_staged else None
+            self._clock.lap("stage" if self._is_staged else "compare")
+            has_bytes = not (self._is_staged and look.is_same)
+            found = casts.find(look.tensor) if has_bytes else None
             source = self._source(found, tensors[found.at]) if found is not None else None
             self._here.add(self._one(look, source))
-            if look.is_safe or not self._is_staged:
+            if has_bytes:
                 casts.add(look.at, look.tensor)
                 if self._is_staged:
                     self._staged[look.at] = look.tensor
+            del look, source  # a wave that is saved must not be held by its last tensor
             if self._pending_size >= _GROUP_SIZE:
                 self._put_pending()
         self._put_pending()
@@ -438,7 +440,10 @@ class _Saver:
         self.changed.add(p.tensor.name)
         size = p.tensor.size
         room = min(self._fresh_size_max, self._own_size_max) if p.is_own else self._fresh_size_max
-        if p.source is None and size <= room:
+        if self._is_staged and size > room:
+            # Copies stand side by side in large pieces: one more would keep all of its piece.
+            self._fresh_size_max = 0
+        elif p.source is None and size <= room:
             self._fresh_size_max -= size
             self._own_size_max -= size * p.is_own
             self.fresh.append(Fresh(p.tensor.name, p.known.row.root, p.tensor.data, p.is_own))

@@ -19,11 +19,16 @@ from deltackpt.digests import fingerprint
 from deltackpt.memory import Known, Memory
 from deltackpt.types import U8, Deferred, Tensor
 
+_ZERO = np.zeros(1, np.uint8)
 #: What copies are made in: as much of it as is written takes memory.
 _PIECE_SIZE = 32 << 20
 _ALIGNMENT = 64
 #: Whether a save may rely on the chunks of a remembered tensor.
 Reusable: TypeAlias = Callable[[Known], bool]
+
+
+class StoppedError(RuntimeError):
+    """A save whose state was not copied to its end; who copied it has the error itself."""
 
 
 class Look(NamedTuple):
@@ -42,6 +47,8 @@ class Look(NamedTuple):
         Whether it is what it was, and the store has it.
     is_own : bool
         Whether its bytes are a copy that nobody else has.
+
+    What is staged and the same has no bytes any more, but zeros that take no memory.
     """
 
     at: int
@@ -50,11 +57,6 @@ class Look(NamedTuple):
     fingerprints: list[bytes]
     is_same: bool
     is_own: bool
-
-    @property
-    def is_safe(self) -> bool:
-        """Whether its bytes may still be read: those of a tensor that stays as it is are not copied."""
-        return self.is_own or not self.is_same
 
 
 def look(at: int, given: Tensor | Deferred, memory: Memory, reusable: Reusable) -> Look:
@@ -88,48 +90,55 @@ class Staging:
         Bytes of copies at a time; None: whatever it takes.
     start_s : float
         Since when the first thread has been held, by `time.perf_counter`.
+    begin : callable
+        Begins the second thread: once all is staged, or when there is no more room.  Two threads that take
+        turns at the interpreter's lock make the first wait the longer.
 
     Examples
     --------
     >>> tensor = Tensor("w", "uint8", (3,), "numpy", np.arange(3, dtype=np.uint8))
-    >>> staging = Staging(None, 0.0)
+    >>> staging = Staging(None, 0.0, lambda: None)
     >>> staging.stage([look(0, tensor, Memory(), lambda known: True)])
     >>> tensor.data[:] = 0
     >>> [found.tensor.data.tolist() for found in staging.received(lambda: 0)]
     [[0, 1, 2]]
     """
 
-    def __init__(self, size_max: int | None, start_s: float) -> None:
+    def __init__(self, size_max: int | None, start_s: float, begin: Callable[[], None]) -> None:
         self._size_max = size_max
         self._start_s = start_s
+        self._begin: Callable[[], None] | None = begin
         #: Seconds that the first thread was held.
         self.stall_s = 0.0
         self._queue: SimpleQueue[Look | threading.Event | BaseException | None] = SimpleQueue()
         self._size = 0
         self._copies = _Copies()
-        self._begun = threading.Event()
         self._ended = threading.Event()
-        self.n_waves = 1
 
     def stage(self, found: Iterable[Look]) -> None:
-        """Copy what changed.  Whatever `found` raises is raised here, and in `received`."""
-        try:
-            for one in found:
-                if self._ended.is_set():
-                    break  # nobody takes it: what made the save fail is told by it
-                self._stage(one)
-        except BaseException as e:
-            self._queue.put(e)
-            self._begun.set()
-            raise
+        """Copy what changed."""
+        for one in found:
+            if self._ended.is_set():
+                break  # nobody takes it: what made the save fail is told by it
+            self._stage(one)
         self.stall_s = time.perf_counter() - self._start_s
         self._queue.put(None)
-        self._begun.set()
+        self._have_begun()
+
+    def fail(self, error: BaseException) -> None:
+        """End what `received` gives, by an error: there will be no more."""
+        self._queue.put(error)
+
+    def _have_begun(self) -> None:
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin()
 
     def _stage(self, found: Look) -> None:
         size = found.tensor.size
         if found.is_same:
-            self._queue.put(found)
+            nothing = np.broadcast_to(_ZERO, size)
+            self._queue.put(found._replace(tensor=replace(found.tensor, data=nothing), is_own=False))
             return
         fits = True
         if self._size_max is not None and self._size + size > self._size_max:
@@ -147,16 +156,14 @@ class Staging:
         """Wait until all that was staged is saved; or until nobody saves any more."""
         settled = threading.Event()
         self._queue.put(settled)
-        self._begun.set()
+        self._have_begun()
         while not settled.wait(0.05):
             if self._ended.is_set():
                 break
-        self.n_waves += 1
+        self._copies = _Copies()
 
     def received(self, settle: Callable[[], int]) -> Iterator[Look]:
-        """Take what was staged, in order; not before all of it is, or there is no more room.
-
-        Two threads that take turns at the interpreter's lock would make the one that trains wait the longer.
+        """Take what was staged, in order.
 
         Parameters
         ----------
@@ -164,15 +171,17 @@ class Staging:
             Saves what was received so far, lets go of it, and returns the bytes of copies that it keeps.
         """
         try:
-            self._begun.wait()
             while (found := self._queue.get()) is not None:
                 if isinstance(found, threading.Event):
                     self._size = settle()
                     found.set()
                 elif isinstance(found, BaseException):
-                    raise found
+                    raise StoppedError(
+                        f"{type(found).__name__} while the state was copied: {found}"
+                    ) from None
                 else:
                     yield found
+                del found
         finally:
             self.end()
 

@@ -14,7 +14,7 @@ import numpy as np
 from deltackpt import codecs
 from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind, Mode
-from deltackpt.errors import DeltackptError
+from deltackpt.errors import DeltackptError, InvalidInputError
 from deltackpt.session import Parent
 from deltackpt.store import Store
 from deltackpt.types import U8
@@ -63,4 +63,8 @@ def _tried(store: Store, pair: Pair, kind: Kind) -> Mode | None:
         except DeltackptError:
             return None  # whoever encodes meets it again, says so, and does without
     buffer = np.empty(codecs.room(data.size), np.uint8)
-    return codecs.best_mode(codecs.Chunk(data, kind, buffer, codecs.Base(base, parent.offset, parent.cast)))
+    chunk = codecs.Chunk(data, kind, buffer, codecs.Base(base, parent.offset, parent.cast))
+    try:
+        return codecs.best_mode(chunk)
+    except InvalidInputError:
+        return None  # it changes meanwhile: whoever encodes says so

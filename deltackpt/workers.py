@@ -22,18 +22,25 @@ def n_threads() -> int:
 
 
 def submit(pool: ThreadPoolExecutor, function: Callable[..., R], *args: Any) -> Future[R]:
-    """Have a thread of a pool call a function; if the pool takes nothing any more, call it here.
+    """Have a thread of a pool call a function; call it here if it takes nothing any more.
 
     At the end of the interpreter pools take nothing, but a save that is under way then is to be finished.
     """
+    future: Future[R] = Future()
+    claim = threading.Lock()
+
+    def once() -> None:
+        # A pool that cannot start a thread has queued the call all the same, and may make it later.
+        if claim.acquire(blocking=False) and future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*args))
+            except BaseException as e:
+                future.set_exception(e)
+
     try:
-        return pool.submit(function, *args)
-    except RuntimeError:  # also where no thread can be started
-        future: Future[R] = Future()
-    try:
-        future.set_result(function(*args))
-    except BaseException as e:
-        future.set_exception(e)
+        pool.submit(once)
+    except RuntimeError:
+        once()
     return future
 
 

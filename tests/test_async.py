@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from deltackpt import open_run
+from deltackpt import differences, open_run, session
+from deltackpt import run as runs
+from deltackpt import staging as staging_module
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError, InvalidInputError, StorageError
 from deltackpt.memory import Memory
-from deltackpt.staging import Staging, looks
+from deltackpt.staging import Staging, StoppedError, looks
 from deltackpt.types import Deferred, Tensor
+from deltackpt.workers import submit
 
 
 class Gate(MemoryBackend):
@@ -89,7 +96,7 @@ def test_the_next_save_waits_is_skipped_or_fails(gate):
         gate.may_write.clear()
         first = run.save_async({"w": weights(0)}, step=0)
         assert run.save_async({"w": weights(1)}, step=1, when_busy="skip") is None
-        with pytest.raises(ConflictError, match="step 0: is still being saved"):
+        with pytest.raises(ConflictError, match="step 1: a step is still being saved"):
             run.save_async({"w": weights(1)}, step=1, when_busy="fail")
         with pytest.raises(InvalidInputError, match="when_busy: found 'later'"):
             run.save_async({"w": weights(1)}, step=1, when_busy="later")
@@ -157,12 +164,13 @@ def test_what_fails_while_it_is_copied_leaves_nothing(gate):
         Tensor("a", "uint8", (3,), "numpy", np.zeros(3, np.uint8)),
         Deferred("b", "uint8", (3,), "numpy", broken),
     ]
-    staging = Staging(None, 0.0)
+    staging = Staging(None, 0.0, lambda: None)
     with pytest.raises(RuntimeError, match="the device is gone"):
         staging.stage(looks(tensors, [0, 1], Memory(), lambda known: True))
     received = staging.received(lambda: 0)
     assert next(received).at == 0
-    with pytest.raises(RuntimeError, match="the device is gone"):
+    staging.fail(RuntimeError("the device is gone"))
+    with pytest.raises(StoppedError, match="RuntimeError while the state was copied: the device is gone"):
         next(received)
     assert run.steps() == []
 
@@ -195,9 +203,10 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
     tensors = [
         Tensor(name, "float32", value.shape, "numpy", value.view(np.uint8)) for name, value in state.items()
     ]
-    staging = Staging(1_000_000, 0.0)
+    waves = []
 
     def settle() -> int:
+        waves.append(held[0])
         most[0] = max(most[0], held[0])
         held[0] = 0
         return 0
@@ -209,11 +218,11 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
         settle()
 
     thread = threading.Thread(target=take)
-    thread.start()
+    staging = Staging(1_000_000, 0.0, thread.start)
     staging.stage(looks(tensors, range(8), Memory(), lambda known: True))
     thread.join()
     assert most[0] == 800_000
-    assert staging.n_waves == 4
+    assert len(waves) == 4
 
 
 def test_a_tensor_larger_than_the_bound_is_saved_before_save_async_returns(gate):
@@ -242,8 +251,6 @@ def test_nobody_waits_for_room_when_the_save_has_failed(gate):
 
 
 def test_a_state_that_changes_while_it_is_saved_is_no_step(monkeypatch):
-    from deltackpt import session
-
     w = weights(0)
     encode_all = session.codecs.encode_all
 
@@ -281,7 +288,7 @@ def test_a_program_that_ends_waits_for_its_last_save(tmp_path):
     done = python(
         """
         import sys, numpy as np
-        from deltackpt import open_run
+        from deltackpt import differences, open_run, session
         run = open_run(sys.argv[1])
         w = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)
         run.save_async({"w": w}, step=0)
@@ -298,7 +305,7 @@ def test_a_program_killed_in_a_save_leaves_the_step_before(tmp_path):
     done = python(
         """
         import os, signal, sys, threading, numpy as np
-        from deltackpt import open_run
+        from deltackpt import differences, open_run, session
         run = open_run(sys.argv[1])
         w = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)
         run.save({"w": w}, step=0)
@@ -320,22 +327,24 @@ def test_a_forked_child_neither_waits_for_its_parents_save_nor_ends_it(tmp_path)
     done = python(
         """
         import os, sys, threading, numpy as np
-        from deltackpt import open_run
-        from deltackpt.errors import StorageError
+        from deltackpt import differences, open_run, session
+        from deltackpt.errors import InvalidInputError
         run = open_run(sys.argv[1])
         w = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)
         pending = run.save_async({"w": w}, step=0)
         child = os.fork()
         if not child:
             try:
-                pending.wait() if not pending.done() else None
-            except StorageError:
-                pass
-            run.save({"w": w[:1000]}, step=7)
+                run.save({"w": w[:1000]}, step=6)
+            except InvalidInputError as e:
+                assert "forked while a step was saved" in str(e)
+            with open_run(sys.argv[1], "child") as own:
+                own.save({"w": w[:1000]}, step=7)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         pending.wait()
-        assert run.steps() == [0, 7], run.steps()
+        assert run.steps()[0] == 0
+        assert open_run(sys.argv[1], "child").steps() == [7]
         """,
         str(tmp_path / "store"),
     )
@@ -377,3 +386,181 @@ def test_who_is_told_of_a_save_may_save_again():
     run.save_async({"w": weights(9)}, step=0).wait()
     run.close()
     assert (told, run.steps()) == ([0, 1, 2, 3], [0, 1, 2, 3])
+
+
+def test_nobody_waits_for_a_save_in_what_it_calls():
+    told = []
+
+    def wait(report) -> None:
+        with pytest.raises(InvalidInputError, match="on_save cannot wait for its own save"):
+            pendings[0].wait()
+        told.append(report.step)
+
+    gate = Gate()
+    gate.may_write.clear()
+    run = open_run(gate, on_save=wait)
+    pendings = [run.save_async({"w": weights(9)}, step=0)]
+    gate.may_write.set()
+    pendings[0].wait()
+    assert told == [0]
+
+
+@pytest.mark.parametrize("where", range(8))
+def test_an_interrupt_anywhere_leaves_no_lock_and_no_thread(monkeypatch, where):
+    """As Ctrl-C or a SIGTERM handler that raises may come in any call."""
+    names = ["_prepare", "_open", "_before"]
+    run = open_run(MemoryBackend())
+    run.save({"w": weights(0)}, step=0)
+    n_threads = threading.active_count()
+    targets = [
+        *((run, name) for name in names),
+        (runs.tree, "flatten"),
+        (runs.snapshot, "order_of"),
+        (runs.Staging, "_stage"),
+        (runs.Staging, "stage"),
+        (runs.Pending, "begin"),
+    ]
+    target, name = targets[where]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_async({"w": weights(1)}, step=1)
+    assert run.save_async({"w": weights(1)}, step=2).wait(20).step == 2
+    run.close()
+    assert run.steps() == [0, 2]
+    assert not run.store.backend.names("sessions/")
+    assert threading.active_count() <= n_threads + 4  # workers
+
+
+def test_an_interrupt_of_a_later_wave_ends_the_save(monkeypatch):
+    stage, n = Staging._stage, []
+
+    def interrupted(self, found):
+        n.append(1)
+        if len(n) > 4:
+            raise KeyboardInterrupt
+        stage(self, found)
+
+    run = open_run(MemoryBackend(), memory_max=1_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "_stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_async({str(i): weights(i) for i in range(8)}, step=0)
+    assert run.save_async({"w": weights(1)}, step=2).wait(20).step == 2
+    assert run.steps() == [2]
+
+
+def test_what_is_saved_is_held_by_the_copies_alone(gate):
+    w = weights(0)
+    alive = weakref.ref(w)
+    run = open_run(gate)
+    gate.may_write.clear()
+    pending = run.save_async({"w": w}, step=0)
+    del w
+    gc.collect()
+    assert alive() is None
+    gate.may_write.set()
+    pending.wait()
+
+
+def test_a_failed_save_holds_no_copies(gate):
+    run = open_run(gate)
+    gate.error = StorageError("packs: the disk is full", errno=28)
+    copies = []
+    of = staging_module._Copies.of
+
+    def noted(self, data):
+        copy = of(self, data)
+        copies.append(weakref.ref(copy.base if copy.base is not None else copy))
+        return copy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging_module._Copies, "of", noted)
+        pending = run.save_async({"w": weights(0)}, step=0)
+        with pytest.raises(StorageError):
+            pending.wait()
+    gc.collect()
+    assert copies
+    assert not [copy for copy in copies if copy() is not None]
+
+
+def test_what_did_not_change_takes_no_memory_though_it_had_to_be_copied_to_be_looked_at():
+    """As tensors on a device are."""
+    state = {str(i): np.repeat(weights(i), 2)[::2] for i in range(8)}
+    with open_run(MemoryBackend(), memory_max=1_000_000) as run:
+        run.save(state, step=0)
+        state["0"] += 1
+        tensors = runs.tree.flatten(state).tensors
+        staging = Staging(1_000_000, 0.0, lambda: None)
+        staging.stage(looks(tensors, range(8), run._memory, lambda known: True))
+        held = {
+            len(set(look.tensor.data.strides)) and look.tensor.data.strides
+            for look in staging.received(lambda: 0)
+        }
+        assert held == {(0,), (1,)}
+
+
+def test_a_pool_that_cannot_start_threads_calls_everything_once(monkeypatch):
+    called = []
+    pool = ThreadPoolExecutor(4)
+    start = threading.Thread.start
+    n = []
+
+    def fails(self):
+        n.append(1)
+        if len(n) > 1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        futures = [submit(pool, lambda i=i: (time.sleep(0.01), called.append(i))) for i in range(8)]
+        for future in futures:
+            future.result()
+    pool.shutdown()
+    assert sorted(called) == list(range(8))
+
+
+@pytest.mark.parametrize("kernel", ["lengths", "group", "count_changed", "take"])
+def test_a_state_that_changes_while_it_is_compared_is_told_so(monkeypatch, kernel):
+    n = 100_000
+    old = weights(0, n)
+    run = open_run(MemoryBackend())
+    run.save({"w": old.copy()}, step=0)
+    w = old * np.float32(1.00001) if kernel in ("lengths", "group") else old.copy()
+    w[::10] += 1
+    function = getattr(differences, kernel)
+
+    def meanwhile(*arguments, **options):
+        found = function(*arguments, **options)
+        w.view(np.uint32)[1::2] += np.uint32(12_345)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(differences, kernel, meanwhile)
+        with pytest.raises(InvalidInputError, match="the state changed while it was saved"):
+            run.save({"w": w}, step=1)
+    assert run.steps() == [0]
+
+
+def test_a_base_that_changes_under_its_cast_is_told_too(monkeypatch):
+    w = weights(0)
+    encode_all, calls = session.codecs.encode_all, []
+
+    def meanwhile(chunks):
+        if any(chunk.base is not None and chunk.base.cast for chunk in chunks):
+            w[0] += 1
+            calls.append(1)
+        return encode_all(chunks)
+
+    run = open_run(MemoryBackend())
+    with monkeypatch.context() as patch:
+        patch.setattr(session.codecs, "encode_all", meanwhile)
+        with pytest.raises(InvalidInputError, match="the state changed while it was saved"):
+            run.save({"w": w, "h": w.astype(np.float16)}, step=0)
+    assert calls
+    assert run.steps() == []

@@ -367,8 +367,12 @@ def test_bytes_that_changed_here_and_there_cost_their_places_and_their_change():
         assert len(payload) <= most * new.nbytes
 
 
-def test_forms_and_sizes_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("native", [True, False])
+def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(differences, "_native", None)
     eight, four = np.zeros(8, np.uint8), np.zeros(4, np.uint8)
+    far = np.array([0x345678, 5], "<u4").view(np.uint8)
     for form in (
         Form(3, SUB),
         Form(4, 3),
@@ -386,6 +390,8 @@ def test_forms_and_sizes_that_do_not_fit_are_refused():
         lambda: differences.group(eight, eight, Form(4, SUB), {4: 2}, np.empty(4, np.uint8)),
         lambda: differences.group(eight, eight, Form(4, SUB), {0: 1, 4: 1}, np.empty(5, np.uint8)),
         lambda: differences.group(eight, eight, Form(4, SUB), {4: 1, 0: 1}, np.empty(5, np.uint8)),
+        lambda: differences.group(far, eight, Form(4, INTEGER), {2: 2}, np.empty(4, np.uint8)),
+        lambda: differences.group(far, eight, Form(4, INTEGER), {0: 2}, np.empty(0, np.uint8)),
         lambda: differences.group(eight, eight, Form(4, SUB), {5: 2}, np.empty(10, np.uint8)),
         lambda: differences.ungroup([None] * 3, eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
         lambda: differences.ungroup([None] * 3 + [eight], eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),

@@ -259,7 +259,8 @@ def decode_all(payloads: Sequence[tuple[U8, Table]]) -> list[Planes]:
                 raise CorruptError(
                     f"plane {k} of {size} bytes at {offset} leaves the payload of {payload.size}"
                 )
-            if code == ZSTD:
+            # A frame of nothing is damage: zstandard 0.25 frees memory twice if it is given such alone.
+            if code == ZSTD and wanted:
                 frames.append(_checked_frame(data, wanted, k))
                 sizes.append(wanted)
                 places.append((planes, k))

@@ -334,3 +334,13 @@ def test_joules_are_told_of_each_regime_against_torch_save(tmp_path):
         assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
         assert figures["method"].startswith(("measured: ", "estimated: "))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stall_is_told_of_each_regime_against_torch(tmp_path):
+    found = json.loads(run_bench("stall.py", "--size-mib", 1, "--repeats", 1, "--dir", tmp_path, "--json"))
+    assert set(found) == {"adapter on a frozen base", "full fine-tune"}
+    for figures in found.values():
+        assert 0 < figures["stall_s"] < figures["durable_s"]
+        assert figures["floor_s"] > 0 < figures["dcp_stall_s"] <= figures["dcp_s"]
+        assert figures["written_size"] > 0 < figures["torch_save_s"]
+    assert not list(tmp_path.iterdir())

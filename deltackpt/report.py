@@ -30,8 +30,9 @@ class SaveReport:
         Bytes of all files this save left in the store.
     n_tensors, n_chunks, n_new_chunks : int
     seconds : dict of str to float
-        By phase of the calling thread: flatten, compare, chunk, identify, write, publish, commit, and, where
-        the run has rules of what to keep, retain.
+        By phase of the thread that saves: flatten, compare, chunk, identify, plan, write, publish, commit,
+        and, where the run has rules of what to keep, retain; of `Run.save_async` stage, waiting for copies,
+        instead of flatten and most of compare.
     total_s : float
         From the call until it was durable, and what the run's rules let go was forgotten.
     stall_s : float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -321,7 +322,7 @@ def test_a_program_killed_in_a_save_leaves_the_step_before(tmp_path):
     assert run.save({"w": weights(0)}, step=2).step == 2
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_neither_waits_for_its_parents_save_nor_ends_it(tmp_path):
     done = python(

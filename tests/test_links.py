@@ -12,8 +12,8 @@ from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chains import as_ids
 from deltackpt.codecs import Base, Kind, Mode, Packed, coder
 from deltackpt.errors import CorruptError, NotFoundError
-from deltackpt.format import RECORD_HEADER
-from deltackpt.links import Wanted
+from deltackpt.format import RECORD_HEADER, ROW
+from deltackpt.links import Row, Wanted
 from deltackpt.session import Parent, Session
 from deltackpt.store import open_store
 
@@ -214,3 +214,12 @@ def test_a_frame_of_another_size_is_refused_among_many_too(claimed):
     assert all(p is not None for p in codecs.unpack([payload(good)] * 9))
     with pytest.raises(CorruptError, match="here: planes: plane 0: frame does not hold 100 bytes"):
         codecs.unpack([payload(good)] * 8 + [payload(frame)])
+
+
+def test_a_row_as_plain_values_is_the_row_of_an_index():
+    row = np.zeros(1, ROW)
+    row["id"], row["base"] = np.arange(32), np.arange(32, 64)
+    for n, name in enumerate(ROW.names[2:], 1):
+        row[name] = n
+    assert tuple(Row.of(row[0])) == (bytes(range(32)), bytes(range(32, 64)), 1, 2, 3, 4, 5, 6, 7)
+    assert Row._fields == ROW.names

@@ -515,3 +515,12 @@ class Meter:
         """
         now = self._machine.read()
         return self._machine.between(self._start, now, self._resumed or now, moved_size, written_size)
+
+    def held(self) -> Energy:
+        """Return what this process spent until it resumed, where another process meters the rest.
+
+        Of counters that see the whole machine, RAPL's, that one has read this as well.
+        """
+        resumed = self._resumed or self._machine.read()
+        parts = self._machine.between(self._start, resumed, resumed, 0, 0).parts
+        return Energy.of({name: part for name, part in parts.items() if not name.startswith("rapl")})

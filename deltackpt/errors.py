@@ -6,6 +6,9 @@ Never  decides when to raise one.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class DeltackptError(Exception):
     """Anything deltackpt raises on purpose.
@@ -87,6 +90,10 @@ class StorageError(DeltackptError, OSError):
     def __init__(self, message: str, *, hint: str | None = None, errno: int | None = None) -> None:
         super().__init__(message, hint=hint)
         self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What an `OSError` says of itself when it is pickled leaves the number out."""
+        return partial(type(self), hint=self.hint, errno=self.errno), (self.message,), self.__dict__
 
 
 class MissingDependencyError(DeltackptError, ImportError):

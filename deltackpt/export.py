@@ -20,7 +20,7 @@ from deltackpt.layout import Layout
 from deltackpt.loader import check_inside
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.records import Commit
-from deltackpt.run import Run, read_manifest
+from deltackpt.run import Run
 from deltackpt.structure import Leaf, Names
 
 #: Extensions that `export` writes.
@@ -136,7 +136,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 def _write(
     run: Run, commit: Commit, path: Path, keys: Sequence[str] | None, progress: Callable[[int, int], None]
 ) -> None:
-    manifest = read_manifest(run.store, commit)
+    manifest = run.store.read_manifest(commit)
     structure, items = _items(manifest, keys)
     beside = json.dumps(
         {

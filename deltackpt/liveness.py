@@ -19,7 +19,6 @@ from deltackpt.manifest import list_from_bytes
 from deltackpt.pack import PackName
 from deltackpt.rebase import Link
 from deltackpt.records import Commit, Slot
-from deltackpt.run import read_manifest
 from deltackpt.store import Store
 from deltackpt.types import U8
 
@@ -323,7 +322,7 @@ def _live_ids(store: Store, commits: list[Commit]) -> U8:
     nodes: set[tuple[int, bytes, int]] = set()
     for commit in commits:
         try:
-            manifest = read_manifest(store, commit)
+            manifest = store.read_manifest(commit)
         except CorruptError:
             if store.refs.is_gone(commit.slot):
                 continue

@@ -6,7 +6,7 @@ Never  holds a tensor's bytes: those are in the shadow, or in the store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from deltackpt.modes import Modes
 from deltackpt.pack import PackName
 from deltackpt.restore import resolve
 from deltackpt.store import Store
-from deltackpt.types import U8, Tensor
+from deltackpt.types import U8, Deferred, Tensor
 
 Ends = npt.NDArray[np.int64]
 
@@ -73,7 +73,14 @@ class Memory:
         self._by_name[known.row.name] = known
         self._by_content[known.row.size, known.row.fingerprint] = known
 
-    def same_place(self, tensor: Tensor) -> Known | None:
+    def __iter__(self) -> Iterator[Known]:
+        return iter(self._by_name.values())
+
+    def named(self, name: str) -> Known:
+        """Return what has this name."""
+        return self._by_name[name]
+
+    def same_place(self, tensor: Tensor | Deferred) -> Known | None:
         """Return what had this tensor's name, dtype and shape."""
         known = self._by_name.get(tensor.name)
         if known is not None and known.row.dtype == tensor.dtype and known.row.shape == tensor.shape:

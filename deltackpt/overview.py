@@ -18,7 +18,7 @@ from deltackpt.format import VERSION
 from deltackpt.pack import PackName
 from deltackpt.records import Commit
 from deltackpt.restore import resolve
-from deltackpt.run import Run, read_manifest
+from deltackpt.run import Run
 from deltackpt.store import DESCRIPTOR, DIRS, Store
 
 _PACKAGES = ("numpy", "torch", "zstandard", "lz4", "blake3", "xxhash")
@@ -93,7 +93,7 @@ def step_line(commit: Commit) -> dict[str, Any]:
 def contents(run: Run, step: int | str = "latest") -> dict[str, Any]:
     """Return all that is on record of a step, and how many chunks each of its tensors has."""
     commit = run.commit(step)
-    manifest = read_manifest(run.store, commit)
+    manifest = run.store.read_manifest(commit)
     n_chunks = [len(table) for table in resolve(run.store, manifest.tensors)]
     tensors = [
         {

@@ -1,14 +1,12 @@
 """A run: the steps of one training job.
 
-Owns   saving, loading, listing, keeping, forgetting and comparing a run's steps, and forking it; what this
-       process remembers of the last one.
-Never  touches storage but through its store.
+Owns   listing, loading, keeping, forgetting and comparing a run's steps, and forking it; who saves the next
+       one, and that one is saved at a time.
+Never  touches storage but through its store, or saves itself: saver.py does.
 """
 
 from __future__ import annotations
 
-import errno
-import heapq
 import json
 import logging
 import math
@@ -20,15 +18,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
-from deltackpt import diff, kin, loader, restore, snapshot, tree
+from deltackpt import diff, loader, proxy, restore, snapshot, tree
+from deltackpt.background import Background, InThread
 from deltackpt.diff import Diff, Side
-from deltackpt.energy import Energy, Meter, moved_size
+from deltackpt.energy import Meter
 from deltackpt.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -37,31 +35,25 @@ from deltackpt.errors import (
     FormatError,
     InvalidInputError,
     NotFoundError,
-    StorageError,
 )
 from deltackpt.fork import take_over
 from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest, TensorRow
-from deltackpt.memory import Memory
 from deltackpt.pending import Pending
-from deltackpt.records import Commit, Figures, Origin, check_run, check_step
+from deltackpt.proxy import Proxy
+from deltackpt.records import Commit, Origin, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Retention, Rule
+from deltackpt.saver import Saver, What
 from deltackpt.session import Session
 from deltackpt.shadow import SIZE_MAX, Shadow
-from deltackpt.snapshot import Saved
 from deltackpt.staging import Staging, looks
 from deltackpt.store import Store, Where, open_store
-from deltackpt.tree import Flat
 from deltackpt.types import U8, Deferred, State, Tensor
 
 log = logging.getLogger("deltackpt")
 R = TypeVar("R")
 
-#: Errors that writing the same bytes again would meet again.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-#: Other runs looked at for a first save's base: each costs a listing and a read.
-_N_OTHERS_MAX = 64
 #: Metadata is read whenever steps are listed.
 _METADATA_SIZE_MAX = 1 << 20
 
@@ -104,14 +96,14 @@ class Run:
         self.keep = keep
         self.on_save = on_save
         self._resumed: int | None = None
-        self._memory: Memory | None = None
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
-        self._shadow = Shadow(shadow if memory_max is None else min(shadow, memory_max // 3))
+        self._shadow_size_max = shadow if memory_max is None else min(shadow, memory_max // 3)
+        self._saver = Saver(store, self.name, Shadow(self._shadow_size_max))
+        self._proxy: Proxy | None = None
         self._pendings: list[Pending] = []  # under way, or failed and not told
         self._pid = os.getpid()
-        self._last_step: int | None = None
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -141,8 +133,13 @@ class Run:
             self._settle()
         finally:
             with self._lock:
-                self._memory = None
-                self._shadow.clear()
+                self._saver.forget()
+                self._stop_proxy()
+
+    def _stop_proxy(self) -> None:
+        if self._proxy is not None:
+            self._proxy.stop()
+        self._proxy = None
 
     # -- steps
 
@@ -213,7 +210,7 @@ class Run:
                 if commit is None:
                     continue  # only given up, or forgotten since the listing
                 with self.reading(commit):
-                    restore.check(self.store, read_manifest(self.store, commit).tensors)
+                    restore.check(self.store, self.store.read_manifest(commit).tensors)
                 return commit
             except NotFoundError:
                 continue
@@ -338,8 +335,10 @@ class Run:
             why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed, saved=saved)
         return Retention.of(self.name, steps, why), commits
 
-    def _retained(self, report: SaveReport, start: float) -> SaveReport:
+    def _retained(self, report: SaveReport, found_step: int | None) -> SaveReport:
         """Forget what no rule keeps, now that the step is durable; return the report of both."""
+        if self._resumed is None:
+            self._resumed = found_step
         if self.keep is None:
             return report
         before = time.perf_counter()
@@ -356,9 +355,8 @@ class Run:
                 report.step,
                 e.message,
             )
-        end = time.perf_counter()
-        seconds = {**report.seconds, "retain": end - before}
-        return replace(report, seconds=seconds, total_s=end - start, forgotten=goes)
+        seconds = {**report.seconds, "retain": time.perf_counter() - before}
+        return replace(report, seconds=seconds, forgotten=goes)
 
     # -- fork and compare
 
@@ -404,7 +402,7 @@ class Run:
         source = self._find(step)
         with Session(self.store, name, source.slot.step) as session:
             with self.reading(source):
-                data = read_manifest_bytes(self.store, source)
+                data = self.store.read_manifest_bytes(source)
                 take_over(session, Manifest.from_bytes(data, source.manifest_key))
             session.publish(data)
             session.commit(
@@ -471,7 +469,7 @@ class Run:
                 return restore.stretch(self.store, row, chunks, start, stop)
 
         with self.reading(commit):
-            manifest = read_manifest(self.store, commit)
+            manifest = self.store.read_manifest(commit)
             label = f"{self.name} step {commit.slot.step}"
             chunks = restore.resolve(self.store, manifest.tensors)
             return Side(label, manifest, chunks, read if values else None)
@@ -490,30 +488,22 @@ class Run:
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start, meter = time.perf_counter(), Meter()
-        what = _What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}))
+        what = What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite)
         self._check_process()
         self._settle()
-        with self._lock:
-            self._prepare()
-            session = self._open(what.step, overwrite)
+        self._lock.acquire()
+        if self._proxy is None:
             try:
-                report = self._save(session, state, allow_pickle, what, start, meter)
-            except StorageError as e:
-                if e.errno in _LASTING or session.deciding:
-                    raise
-                # Never write on after an error: all of it again, under new names, from the source.
-                log.warning("run %r step %d: %s; saving once more", self.name, step, e.message)
-                session = self._open(what.step, overwrite)
-                try:
-                    report = self._save(session, state, allow_pickle, what, start, meter)
-                except StorageError as again:
-                    if session.deciding or not session.is_fenced():
-                        raise
-                    raise _given_up(self.name, step) from again
-            report = self._retained(report, start)
-        report = replace(report, stall_s=report.total_s, energy=_taken(meter, report))
-        self._tell(report)
-        return report
+                report = self._saver.save(state, what, meter.read, allow_pickle=allow_pickle)
+                report = self._retained(report, self._saver.found_step)
+            finally:
+                self._lock.release()
+            total_s = time.perf_counter() - start
+            report = replace(report, total_s=total_s, stall_s=total_s)
+            self._tell(report)
+            return report
+        # The other process remembers the last step, and this one does not.
+        return self._begin(state, what, start, meter, allow_pickle=allow_pickle, waits=True).wait()
 
     def save_async(
         self,
@@ -564,7 +554,7 @@ class Run:
         [0.0, 0.0]
         """
         start, meter = time.perf_counter(), Meter()
-        what = _What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}))
+        what = What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite)
         if when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(
                 f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
@@ -578,68 +568,75 @@ class Run:
                 f"run {self.name!r} step {step}: a step is still being saved",
                 hint="save less often, or when_busy='wait'",
             )
-        session = staging = pending = None
+        return self._begin(state, what, start, meter, allow_pickle=allow_pickle, waits=False)
+
+    def _begin(
+        self, state: State, what: What, start: float, meter: Meter, *, allow_pickle: bool, waits: bool
+    ) -> Pending:
+        """Stage a state, and have it saved; the lock, which is held, is let go of when that is done."""
+        background = pending = None
         owner = threading.Lock()
         try:
-            self._prepare()
-            session = self._open(what.step, overwrite)
             flat = tree.flatten(state, allow_pickle=allow_pickle)
-            memory = self._before(flat.tensors)
-            found = looks(flat.tensors, snapshot.order_of(flat.tensors), memory, snapshot.reusable(session))
-            room = None if self.memory_max is None else max(0, self.memory_max - self._shadow.size)
+            background = self._background(flat.tensors)
+            memory, reusable = background.open(what, flat.tensors, meter)
             pending = Pending(self.name, what.step)
-            staging = Staging(room, start, pending.begin)
-            # The state itself is the caller's again when this returns: the thread must not hold it.
-            bare = flat._replace(tensors=[_without_bytes(tensor) for tensor in flat.tensors])
-            pending.work = partial(
-                self._save_staged, session, bare, staging, memory, what, start, meter, owner
-            )
+            line = background.line(flat, pending.begin)
+            staging = Staging(self._room(background), start, line)
+            pending.work = partial(self._finish, background, staging, start, owner, waits=waits)
             self._pendings.append(pending)
-            staging.stage(found)
+            staging.stage(looks(flat.tensors, snapshot.order_of(flat.tensors), memory, reusable))
         except BaseException as e:
             if owner.acquire(blocking=False):  # or the thread has it, and takes back what it wrote
-                if pending is not None:
-                    pending.cancel()
-                if session is not None:
-                    session.abort()
-                self._lock.release()
-            elif staging is not None and pending is not None:
-                staging.fail(e)
+                try:
+                    if background is not None:
+                        background.abort(e)
+                finally:
+                    if pending is not None:
+                        pending.cancel()
+                    self._lock.release()
+            elif background is not None and pending is not None:
+                background.fail(e)
                 pending.give_up()
             raise
         meter.resume()
         return pending
 
-    def _save_staged(
-        self,
-        session: Session,
-        flat: Flat,
-        staging: Staging,
-        memory: Memory,
-        what: _What,
-        start: float,
-        meter: Meter,
-        owner: threading.Lock,
-    ) -> SaveReport:
-        """Save what is staged, in a thread; then let go of the lock that `save_async` took."""
-        if not owner.acquire(blocking=False):
-            raise _given_up(self.name, what.step)
-        try:
+    def _background(self, tensors: Sequence[Tensor | Deferred]) -> Background:
+        """Return who saves: another process, unless it cannot open the store, or a copy has no room."""
+        if self._proxy is not None and self._proxy.is_stopped():
+            self._proxy = None
+        where = proxy.address(self.store.backend)
+        largest = max((tensor.size for tensor in tensors), default=0)
+        # Beside what the shadow keeps of the last step, and of this one.
+        room = math.inf if self.memory_max is None else self.memory_max - 2 * self._shadow_size_max
+        if where is None or largest > room:
+            self._stop_proxy()
+            return InThread(self._saver)
+        if self._proxy is None:
             try:
-                with session:
-                    saved = snapshot.save_looks(
-                        session, flat, staging.received, memory, self._shadow, is_staged=True
-                    )
-                    report = self._commit(session, saved, what, start, meter)
-            except StorageError as e:
-                if session.deciding or not session.is_fenced():
-                    raise
-                raise _given_up(self.name, what.step) from e
-            report = self._retained(report, start)
+                self._proxy = Proxy(where, self._saver)
+            except OSError as e:
+                log.info("run %r: no process to save in: %s", self.name, e)
+                return InThread(self._saver)
+        return self._proxy
+
+    def _room(self, background: Background) -> int | None:
+        """Return the bytes that copies of a state may take."""
+        return None if self.memory_max is None else max(0, self.memory_max - background.shadow_size)
+
+    def _finish(
+        self, background: Background, staging: Staging, start: float, owner: threading.Lock, *, waits: bool
+    ) -> SaveReport:
+        """Save what is staged, in a thread; then let go of the lock."""
+        if not owner.acquire(blocking=False):
+            raise ConflictError(f"run {self.name!r}: the save was given up before it began")
+        try:
+            report = self._retained(background.finish(), background.found_step)
         finally:
-            staging.end()
             self._lock.release()
-        report = replace(report, stall_s=staging.stall_s, energy=_taken(meter, report))
+        total_s = time.perf_counter() - start
+        report = replace(report, total_s=total_s, stall_s=total_s if waits else staging.stall_s)
         self._tell(report)
         return report
 
@@ -663,6 +660,7 @@ class Run:
                 hint="open the store anew in the child",
             )
         self._pid = os.getpid()
+        self._stop_proxy()  # which is the parent's
 
     def _tell(self, report: SaveReport) -> None:
         """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""
@@ -672,105 +670,6 @@ class Run:
                 self.on_save(report)
         except Exception:  # what a user's function raises is anything; the step is durable
             log.warning("run %r step %d is saved, but on_save failed", self.name, report.step, exc_info=True)
-
-    def _open(self, step: int, overwrite: bool) -> Session:
-        return Session(self.store, self.name, step, overwrite=overwrite)
-
-    def _save(
-        self,
-        session: Session,
-        state: State,
-        allow_pickle: bool,
-        what: _What,
-        start: float,
-        meter: Meter,
-    ) -> SaveReport:
-        with session:
-            saved = snapshot.save(session, state, self._before, self._shadow, allow_pickle=allow_pickle)
-            return self._commit(session, saved, what, start, meter)
-
-    def _commit(self, session: Session, saved: Saved, what: _What, start: float, meter: Meter) -> SaveReport:
-        """Publish and decide, and remember what was saved."""
-        at = time.perf_counter()
-        manifest = saved.manifest.to_bytes()
-        session.publish(manifest)
-        published = time.perf_counter()
-        saved.seconds["publish"] = published - at
-        packs, rows = session.packs(), session.rows()
-        figures = Figures(
-            saved.logical_size,
-            session.new_size,
-            session.written_size,
-            len(saved.manifest.tensors),
-            saved.n_chunks,
-            session.n_new_chunks,
-            {phase: round(s, 6) for phase, s in saved.seconds.items()},
-            saved.costs(rows),
-        )
-        figures = replace(figures, energy=_taken(meter, figures))
-        before = session.superseded
-        commit = session.commit(
-            manifest,
-            parent=before.parent if before else self._last_step,
-            metrics=what.metrics,
-            metadata=what.metadata,
-            figures=figures,
-        )
-        self._memory = saved.memory(packs, rows)
-        self._shadow.replace(saved.fresh)
-        self._last_step = commit.slot.step
-        end = time.perf_counter()
-        return SaveReport(
-            self.name,
-            commit.slot.step,
-            figures.logical_size,
-            figures.new_size,
-            session.written_size,
-            figures.n_tensors,
-            figures.n_chunks,
-            figures.n_new_chunks,
-            {**saved.seconds, "commit": end - published},
-            end - start,
-            groups=figures.groups,
-        )
-
-    def _prepare(self) -> None:
-        """Read the lists of the run's latest snapshot, unless this process remembers one."""
-        if self._memory is not None:
-            return
-        try:
-            commit = self.store.refs.latest(self.name)
-            if commit is None:
-                self.store.refs.check_new_run(self.name)
-                return
-            if self._resumed is None and self._last_step is None:
-                self._resumed = commit.slot.step
-            self._last_step = commit.slot.step
-            self._memory = Memory.from_store(self.store, read_manifest(self.store, commit))
-        except (CorruptError, NotFoundError) as e:
-            # A damaged step must not keep the next one from being saved, whole if need be.
-            log.warning("run %r: %s; saving without the step before", self.name, e.message)
-
-    def _before(self, tensors: Sequence[Tensor | Deferred]) -> Memory:
-        """Return what is remembered of the step before, or of the likest step of another run."""
-        return self._memory or kin.nearest(self.store, self._others(), tensors)
-
-    def _others(self) -> Iterator[Manifest]:
-        """Read what some other runs hold last, the newest first; damaged ones are passed over."""
-        refs = self.store.refs
-        latest = []
-        try:
-            for name in refs.runs()[-_N_OTHERS_MAX:]:
-                commit = refs.latest(name) if name != self.name else None
-                if commit is not None:
-                    latest.append(commit)
-        except DeltackptError as e:
-            log.info("not all runs are looked at for a base: %s", e.message)
-        for commit in heapq.nlargest(kin.N_SNAPSHOTS, latest, key=lambda c: c.created_s):
-            try:
-                yield read_manifest(self.store, commit)
-            except DeltackptError as e:
-                log.info("run %r is passed over as a base: %s", commit.slot.run, e.message)
 
     # -- load
 
@@ -814,7 +713,7 @@ class Run:
         while True:
             try:
                 with self.reading(commit):
-                    return use(commit, read_manifest(self.store, commit))
+                    return use(commit, self.store.read_manifest(commit))
             except NotFoundError:
                 before, commit = commit, self.commit(step)
                 if commit is before:
@@ -837,56 +736,7 @@ class Run:
         """Return what a step holds, without reading its tensors."""
         commit = self._find(step)
         with self.reading(commit):
-            return read_manifest(self.store, commit)
-
-
-def _given_up(run: str, step: int) -> ConflictError:
-    return ConflictError(f"run {run!r} step {step}: gc gave this save up for dead", hint="save again")
-
-
-def _without_bytes(tensor: Tensor | Deferred) -> Deferred:
-    """Return what a tensor is, without its bytes."""
-    return Deferred(tensor.name, tensor.dtype, tensor.shape, tensor.framework, _no_bytes)
-
-
-def _no_bytes() -> U8:
-    raise AssertionError("what is staged is not taken again")
-
-
-class _What(NamedTuple):
-    """What a step is to be called and to say, beside its state."""
-
-    step: int
-    metrics: dict[str, float]
-    metadata: dict[str, Any]
-
-
-def read_manifest(store: Store, commit: Commit) -> Manifest:
-    """Read a commit's manifest, checked against the digest in the commit.
-
-    Raises
-    ------
-    CorruptError
-        If it is missing or not the one that was committed.
-    """
-    return Manifest.from_bytes(read_manifest_bytes(store, commit), f"{store.url}/{commit.manifest_key}")
-
-
-def read_manifest_bytes(store: Store, commit: Commit) -> bytes:
-    """Read the file of a commit's manifest, as `read_manifest` does."""
-    where = f"{store.url}/{commit.manifest_key}"
-    try:
-        data = store.backend.read(commit.manifest_key)
-    except NotFoundError as e:
-        raise CorruptError(f"{where}: manifest is missing", hint="run deltackpt verify") from e
-    if blake3(data).digest() != commit.manifest:
-        raise CorruptError(f"{where}: {len(data)} bytes are not the manifest that was committed")
-    return data
-
-
-def _taken(meter: Meter, cost: Figures | SaveReport) -> Energy:
-    """Return the energy of a save so far."""
-    return meter.read(moved_size(cost.logical_size, cost.new_size, cost.written_size), cost.written_size)
+            return self.store.read_manifest(commit)
 
 
 def _bytes(name: str, size: Any) -> int:

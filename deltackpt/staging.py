@@ -1,6 +1,7 @@
 """Staging: what of a state changed, and copies of that, so that training may go on before it is saved.
 
-Owns   the comparison with what is remembered, the copies, and how many bytes of them there may be.
+Owns   the comparison with what is remembered, how many bytes of copies there may be, and the line on which
+       they go to a thread.
 Never  knows what becomes of them.
 """
 
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -77,53 +78,136 @@ def looks(
             yield look(at, tensors[at], memory, reusable)
 
 
-class Staging:
-    """Copies on their way from a thread that trains to one that saves.
+class Line(Protocol):
+    """How a state gets from the thread that trains to whoever saves it."""
 
-    The one calls `stage`, and may change the state once it returns; the other takes what there is from
-    `received`.  Where there is no room for a copy, the first waits until `settle` has let go of those before.
-    A tensor larger than all of it is not copied: the first waits until it is saved.
+    def same(self, found: Look) -> None:
+        """Send a tensor that is what it was: no bytes."""
+
+    def copy(self, found: Look) -> None:
+        """Send a copy of a tensor, or the tensor if it is one already and that will do."""
+
+    def lend(self, found: Look) -> None:
+        """Send a tensor that must not change until `settle` has returned."""
+
+    def settle(self) -> int:
+        """Wait until all that was sent is saved; return how many bytes of copies are still needed."""
+
+    def end(self) -> None:
+        """Say that this was all."""
+
+    def is_over(self) -> bool:
+        """Return whether nobody takes anything any more: what made the save fail is told by it."""
+
+
+class Staging:
+    """Copies a state onto a line: the state may be changed once `stage` returns.
+
+    Where there is no room for a copy, it waits until those before are saved.  A tensor larger than all of the
+    room is not copied: it waits until that is saved.
 
     Parameters
     ----------
     size_max : int or None
         Bytes of copies at a time; None: whatever it takes.
     start_s : float
-        Since when the first thread has been held, by `time.perf_counter`.
-    begin : callable
-        Begins the second thread: once all is staged, or when there is no more room.  Two threads that take
-        turns at the interpreter's lock make the first wait the longer.
+        Since when training has been held, by `time.perf_counter`.
+    line : Line
 
     Examples
     --------
     >>> tensor = Tensor("w", "uint8", (3,), "numpy", np.arange(3, dtype=np.uint8))
-    >>> staging = Staging(None, 0.0, lambda: None)
-    >>> staging.stage([look(0, tensor, Memory(), lambda known: True)])
+    >>> queue = Queue(lambda: None)
+    >>> Staging(None, 0.0, queue).stage([look(0, tensor, Memory(), lambda known: True)])
     >>> tensor.data[:] = 0
-    >>> [found.tensor.data.tolist() for found in staging.received(lambda: 0)]
+    >>> [found.tensor.data.tolist() for found in queue.received(lambda: 0)]
     [[0, 1, 2]]
     """
 
-    def __init__(self, size_max: int | None, start_s: float, begin: Callable[[], None]) -> None:
+    def __init__(self, size_max: int | None, start_s: float, line: Line) -> None:
         self._size_max = size_max
         self._start_s = start_s
-        self._begin: Callable[[], None] | None = begin
-        #: Seconds that the first thread was held.
-        self.stall_s = 0.0
-        self._queue: SimpleQueue[Look | threading.Event | BaseException | None] = SimpleQueue()
+        self._line = line
         self._size = 0
-        self._copies = _Copies()
-        self._ended = threading.Event()
+        #: Seconds that training was held.
+        self.stall_s = 0.0
 
     def stage(self, found: Iterable[Look]) -> None:
         """Copy what changed."""
         for one in found:
-            if self._ended.is_set():
-                break  # nobody takes it: what made the save fail is told by it
+            if self._line.is_over():
+                break
             self._stage(one)
         self.stall_s = time.perf_counter() - self._start_s
+        self._line.end()
+
+    def _stage(self, found: Look) -> None:
+        if found.is_same:
+            self._line.same(found)
+            return
+        size = found.tensor.size
+        if self._size_max is not None and self._size + size > self._size_max:
+            self._size = self._line.settle()
+        if self._size_max is None or self._size + size <= self._size_max:
+            self._size += size
+            self._line.copy(found)
+        else:
+            self._line.lend(found)
+            self._size = self._line.settle()
+
+
+class Queue:
+    """A `Line` to a thread of this process.
+
+    Parameters
+    ----------
+    begin : callable
+        Begins the thread that saves: once all is staged, or when there is no more room.  Two threads that
+        take turns at the interpreter's lock make the first wait the longer.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self._begin: Callable[[], None] | None = begin
+        self._queue: SimpleQueue[Look | threading.Event | BaseException | None] = SimpleQueue()
+        self._kept_size = 0
+        self._copies = _Copies()
+        self._over = threading.Event()
+
+    def same(self, found: Look) -> None:
+        """See `Line.same`."""
+        nothing = np.broadcast_to(_ZERO, found.tensor.size)
+        self._queue.put(found._replace(tensor=replace(found.tensor, data=nothing), is_own=False))
+
+    def copy(self, found: Look) -> None:
+        """See `Line.copy`."""
+        if not found.is_own:
+            data = self._copies.of(found.tensor.data)
+            found = found._replace(tensor=replace(found.tensor, data=data), is_own=True)
+        self._queue.put(found)
+
+    def lend(self, found: Look) -> None:
+        """See `Line.lend`."""
+        self._queue.put(found._replace(is_own=False))
+
+    def settle(self) -> int:
+        """See `Line.settle`."""
+        settled = threading.Event()
+        self._queue.put(settled)
+        self._have_begun()
+        while not settled.wait(0.05):
+            if self._over.is_set():
+                break
+        self._copies = _Copies()
+        return self._kept_size
+
+    def end(self) -> None:
+        """See `Line.end`."""
         self._queue.put(None)
         self._have_begun()
+
+    def is_over(self) -> bool:
+        """See `Line.is_over`."""
+        return self._over.is_set()
 
     def fail(self, error: BaseException) -> None:
         """End what `received` gives, by an error: there will be no more."""
@@ -134,36 +218,8 @@ class Staging:
         if begin is not None:
             begin()
 
-    def _stage(self, found: Look) -> None:
-        size = found.tensor.size
-        if found.is_same:
-            nothing = np.broadcast_to(_ZERO, size)
-            self._queue.put(found._replace(tensor=replace(found.tensor, data=nothing), is_own=False))
-            return
-        fits = True
-        if self._size_max is not None and self._size + size > self._size_max:
-            self._settle()
-            fits = self._size + size <= self._size_max
-        if fits:
-            self._size += size
-            data = found.tensor.data if found.is_own else self._copies.of(found.tensor.data)
-            self._queue.put(found._replace(tensor=replace(found.tensor, data=data), is_own=True))
-        else:
-            self._queue.put(found._replace(is_own=False))
-            self._settle()
-
-    def _settle(self) -> None:
-        """Wait until all that was staged is saved; or until nobody saves any more."""
-        settled = threading.Event()
-        self._queue.put(settled)
-        self._have_begun()
-        while not settled.wait(0.05):
-            if self._ended.is_set():
-                break
-        self._copies = _Copies()
-
     def received(self, settle: Callable[[], int]) -> Iterator[Look]:
-        """Take what was staged, in order.
+        """Take what was put, in order.
 
         Parameters
         ----------
@@ -173,7 +229,7 @@ class Staging:
         try:
             while (found := self._queue.get()) is not None:
                 if isinstance(found, threading.Event):
-                    self._size = settle()
+                    self._kept_size = settle()
                     found.set()
                 elif isinstance(found, BaseException):
                     raise StoppedError(
@@ -183,11 +239,11 @@ class Staging:
                     yield found
                 del found
         finally:
-            self.end()
+            self.close()
 
-    def end(self) -> None:
-        """Say that nobody takes anything any more: whoever waits for room goes on."""
-        self._ended.set()
+    def close(self) -> None:
+        """Take nothing any more: whoever waits for room goes on."""
+        self._over.set()
 
 
 class _Copies:

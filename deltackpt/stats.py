@@ -33,7 +33,7 @@ from deltackpt.overview import commits, step_line, totals
 from deltackpt.records import Commit
 from deltackpt.report import human_energy, human_size
 from deltackpt.restore import resolve
-from deltackpt.run import Run, read_manifest
+from deltackpt.run import Run
 from deltackpt.store import Store
 
 Ints = npt.NDArray[np.int64]
@@ -363,7 +363,7 @@ class _Chunks:
         self._of_commit: list[list[TensorRow]] = []
         for commit in commits:
             with Run(store, commit.slot.run).reading(commit):
-                self._of_commit.append(read_manifest(store, commit).tensors)
+                self._of_commit.append(store.read_manifest(commit).tensors)
         rows = {
             (row.root, row.level, row.size): row for tensors in self._of_commit for row in tensors if row.size
         }

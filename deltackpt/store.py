@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from blake3 import blake3
 
 from deltackpt import chains, pack
 from deltackpt.backends import Backend
@@ -30,8 +31,9 @@ from deltackpt.errors import (
 from deltackpt.format import VERSION, check_features, seal, unseal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.links import Reader, Row, Wanted
+from deltackpt.manifest import Manifest
 from deltackpt.pack import PackName
-from deltackpt.records import GcRecord, SessionName, parse_gc_key, sid_of
+from deltackpt.records import Commit, GcRecord, SessionName, parse_gc_key, sid_of
 from deltackpt.refs import Refs
 from deltackpt.types import U8
 
@@ -197,6 +199,27 @@ class Store:
                     raise CorruptError(f"{self.url}/{key}: is missing", hint="restore it from a copy") from e
                 self._gc_records[key] = GcRecord.from_bytes(data, key)
             return self._gc_records[key]
+
+    def read_manifest(self, commit: Commit) -> Manifest:
+        """Read a commit's manifest, checked against the digest in the commit.
+
+        Raises
+        ------
+        CorruptError
+            If it is missing or not the one that was committed.
+        """
+        return Manifest.from_bytes(self.read_manifest_bytes(commit), f"{self.url}/{commit.manifest_key}")
+
+    def read_manifest_bytes(self, commit: Commit) -> bytes:
+        """Read the file of a commit's manifest, as `read_manifest` does."""
+        where = f"{self.url}/{commit.manifest_key}"
+        try:
+            data = self.backend.read(commit.manifest_key)
+        except NotFoundError as e:
+            raise CorruptError(f"{where}: manifest is missing", hint="run deltackpt verify") from e
+        if blake3(data).digest() != commit.manifest:
+            raise CorruptError(f"{where}: {len(data)} bytes are not the manifest that was committed")
+        return data
 
     def sessions(self) -> list[SessionName]:
         """Return the writers at work, and the dead whom gc has not ended yet."""

@@ -138,6 +138,16 @@ class Deferred:
         return Tensor(self.name, self.dtype, self.shape, self.framework, self.take())
 
 
+def without_bytes(tensor: Tensor | Deferred) -> Deferred:
+    """Return what a tensor is; its bytes are not to be had from it."""
+    return Deferred(tensor.name, tensor.dtype, tensor.shape, tensor.framework, no_bytes)
+
+
+def no_bytes() -> U8:
+    """Stand for bytes that nobody is to ask for."""
+    raise AssertionError("the bytes of this tensor are not here")
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What an array is, where it is not simply the tensor that holds its bytes.

@@ -33,7 +33,6 @@ from deltackpt.records import (
 )
 from deltackpt.refs import Listing
 from deltackpt.restore import resolve
-from deltackpt.run import read_manifest
 from deltackpt.store import DESCRIPTOR, DIRS, Store, Where, open_store
 from deltackpt.types import U8
 from deltackpt.workers import workers
@@ -266,7 +265,7 @@ class _Verifier:
             return
         self._report.n_steps += 1
         try:
-            manifest = read_manifest(self._store, commit)
+            manifest = self._store.read_manifest(commit)
         except FormatError as e:
             if not self._store.refs.is_gone(slot):
                 self._add("manifest", commit.manifest_key, e, [f"{slot.run} {slot.step}: all of it"])

@@ -35,9 +35,25 @@ HARMLESS = {
         "cpu_count",
         "sched_getaffinity",
         "register_at_fork",
+        # Memory that has a descriptor and no name, and a process's own life.
+        "memfd_create",
+        "MFD_CLOEXEC",
+        "ftruncate",
+        "close",
+        "getppid",
+        "nice",
+        "_exit",
     },
     # Memory, not files: to map one takes a descriptor, and nothing here can open it.
-    "mmap": {"PAGESIZE", "MADV_HUGEPAGE", "mmap", "MAP_PRIVATE", "MAP_ANONYMOUS"},
+    "mmap": {
+        "PAGESIZE",
+        "MADV_HUGEPAGE",
+        "MADV_REMOVE",
+        "mmap",
+        "MAP_PRIVATE",
+        "MAP_SHARED",
+        "MAP_ANONYMOUS",
+    },
 }
 
 

@@ -21,7 +21,8 @@ from deltackpt import staging as staging_module
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError, InvalidInputError, StorageError
 from deltackpt.memory import Memory
-from deltackpt.staging import Staging, StoppedError, looks
+from deltackpt.saver import Saver
+from deltackpt.staging import Queue, Staging, StoppedError, looks
 from deltackpt.types import Deferred, Tensor
 from deltackpt.workers import submit
 
@@ -87,7 +88,7 @@ def test_deltas_and_the_shadow_are_those_of_saves_that_wait():
                 report = saved if saves == "save" else saved.wait()
                 sizes.append(report.written_size - len(str(report)))
                 w = w * np.float32(1 + 1e-5)
-            assert run._shadow.size > 0
+            assert run._saver.shadow.size > 0
             assert {"delta-dense", "delta-sparse"} & {c for g in report.groups for c in g.codecs}
     assert sizes[:4] == pytest.approx(sizes[4:], rel=0.01)
 
@@ -165,12 +166,13 @@ def test_what_fails_while_it_is_copied_leaves_nothing(gate):
         Tensor("a", "uint8", (3,), "numpy", np.zeros(3, np.uint8)),
         Deferred("b", "uint8", (3,), "numpy", broken),
     ]
-    staging = Staging(None, 0.0, lambda: None)
+    queue = Queue(lambda: None)
+    staging = Staging(None, 0.0, queue)
     with pytest.raises(RuntimeError, match="the device is gone"):
         staging.stage(looks(tensors, [0, 1], Memory(), lambda known: True))
-    received = staging.received(lambda: 0)
+    received = queue.received(lambda: 0)
     assert next(received).at == 0
-    staging.fail(RuntimeError("the device is gone"))
+    queue.fail(RuntimeError("the device is gone"))
     with pytest.raises(StoppedError, match="RuntimeError while the state was copied: the device is gone"):
         next(received)
     assert run.steps() == []
@@ -196,7 +198,7 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
     with open_run(MemoryBackend(), memory_max=1_000_000) as run:
         for step in range(3):
             run.save_async(state, step=step).wait()
-            assert run._shadow.size <= 333_333
+            assert run._saver.shadow.size <= 333_333
             found = run.load(step)
             assert all(np.array_equal(found[name], state[name]) for name in state)
             state = {name: value * np.float32(1.0001) for name, value in state.items()}
@@ -213,13 +215,14 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
         return 0
 
     def take() -> None:
-        for look in staging.received(settle):
+        for look in queue.received(settle):
             assert look.is_own
             held[0] += look.tensor.size
         settle()
 
     thread = threading.Thread(target=take)
-    staging = Staging(1_000_000, 0.0, thread.start)
+    queue = Queue(thread.start)
+    staging = Staging(1_000_000, 0.0, queue)
     staging.stage(looks(tensors, range(8), Memory(), lambda known: True))
     thread.join()
     assert most[0] == 800_000
@@ -409,12 +412,13 @@ def test_nobody_waits_for_a_save_in_what_it_calls():
 @pytest.mark.parametrize("where", range(8))
 def test_an_interrupt_anywhere_leaves_no_lock_and_no_thread(monkeypatch, where):
     """As Ctrl-C or a SIGTERM handler that raises may come in any call."""
-    names = ["_prepare", "_open", "_before"]
     run = open_run(MemoryBackend())
     run.save({"w": weights(0)}, step=0)
     n_threads = threading.active_count()
     targets = [
-        *((run, name) for name in names),
+        (Saver, "prepare"),
+        (Saver, "open"),
+        (Saver, "before"),
         (runs.tree, "flatten"),
         (runs.snapshot, "order_of"),
         (runs.Staging, "_stage"),
@@ -496,11 +500,12 @@ def test_what_did_not_change_takes_no_memory_though_it_had_to_be_copied_to_be_lo
         run.save(state, step=0)
         state["0"] += 1
         tensors = runs.tree.flatten(state).tensors
-        staging = Staging(1_000_000, 0.0, lambda: None)
-        staging.stage(looks(tensors, range(8), run._memory, lambda known: True))
+        queue = Queue(lambda: None)
+        staging = Staging(1_000_000, 0.0, queue)
+        staging.stage(looks(tensors, range(8), run._saver.memory, lambda known: True))
         held = {
             len(set(look.tensor.data.strides)) and look.tensor.data.strides
-            for look in staging.received(lambda: 0)
+            for look in queue.received(lambda: 0)
         }
         assert held == {(0,), (1,)}
 

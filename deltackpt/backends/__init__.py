@@ -94,9 +94,12 @@ class Backend(ABC):
     ----------
     url : str
         Which storage this is, for messages.
+    path : str or None
+        The directory by which another process of this machine opens the same; None if it cannot.
     """
 
     url: str
+    path: str | None = None
 
     @abstractmethod
     def make_dirs(self, names: Iterable[str]) -> None:

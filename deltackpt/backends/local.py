@@ -109,6 +109,8 @@ class LocalBackend(Backend):
     def __init__(self, path: str | os.PathLike[str], *, calls: Os | None = None) -> None:
         self._root = Path(path).absolute()
         self.url = str(self._root)
+        # What is put in front of the system's calls, or changes them, is this process's alone.
+        self.path = self.url if calls is None and type(self) is LocalBackend else None
         self._os = calls or Os()
         self._handles = _Handles(self._os, _N_OPEN_MAX)
         self._lock = threading.Lock()

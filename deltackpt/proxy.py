@@ -1,0 +1,285 @@
+"""A proxy: what the process that trains has of the one that saves for it.
+
+Owns   starting that process and stopping it, what of the last step training has to know, and the memory of
+       the copies.
+Never  saves: it looks, copies and waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from deltackpt.arena import Arena
+from deltackpt.backends import Backend
+from deltackpt.energy import Meter
+from deltackpt.errors import StorageError
+from deltackpt.format import CHUNK_ID_SIZE
+from deltackpt.manifest import TensorRow
+from deltackpt.memory import Ends, Known, Memory
+from deltackpt.report import SaveReport
+from deltackpt.saver import Saver, What
+from deltackpt.staging import Line, Look, Reusable
+from deltackpt.tree import Flat
+from deltackpt.types import Deferred, Tensor
+from deltackpt.wire import (
+    Bare,
+    Done,
+    End,
+    Fail,
+    Failed,
+    Found,
+    Hello,
+    Logged,
+    Opened,
+    Plan,
+    Settle,
+    Settled,
+    Wire,
+)
+
+if TYPE_CHECKING:
+    from subprocess import Popen
+
+log = logging.getLogger("deltackpt")
+T = TypeVar("T")
+
+_NO_IDS = np.empty((0, CHUNK_ID_SIZE), np.uint8)
+
+#: Tensors, and bytes of copies, that are sent at a time.
+_N_SENT, _SENT_SIZE = 256, 8 << 20
+#: Seconds that a process which is to end gets for it.
+_STOP_S = 10.0
+_CODE = "import sys; sys.path[:] = {path!r}; from deltackpt.server import main; main({wire}, {arena}, {pid})"
+
+
+def address(backend: Backend) -> str | None:
+    """Return by what another process can open a store; None if none can, or no memory can be shared here."""
+    return backend.path if hasattr(os, "memfd_create") and sys.executable else None
+
+
+class Proxy:
+    """Has a run's steps saved by another process.
+
+    Parameters
+    ----------
+    store : str
+        As `address` returns it.
+    saver : Saver
+        What is remembered of the last step; the other process takes over from it.
+
+    Raises
+    ------
+    OSError
+        If no process can be started.
+    """
+
+    def __init__(self, store: str, saver: Saver) -> None:
+        # Here, since they take 15 ms, and most processes never save in the background.
+        from multiprocessing import Pipe
+        from subprocess import DEVNULL, Popen
+
+        self._arena = Arena()
+        here, there = Pipe()
+        with there:
+            fds = there.fileno(), self._arena.fd
+            code = _CODE.format(path=sys.path, wire=fds[0], arena=fds[1], pid=os.getpid())
+            process = Popen(
+                [sys.executable, "-P", "-c", code],
+                pass_fds=fds,
+                stdin=DEVNULL,
+                stdout=DEVNULL,  # or a reader of ours would wait for its end
+            )
+        self._wire = Wire(here)
+        self._process = process
+        self._stop = weakref.finalize(self, _stop, self._wire, process, os.getpid())
+        #: The last step, as far as training has to know it: cuts and fingerprints.
+        self._seen = saver.memory or Memory()
+        self.shadow_size = 0
+        self.found_step: int | None = None
+        self._bare: list[Bare] = []
+        self._is_open = self._is_over = self._is_sending = False
+        self._saver = saver
+        self._send(Hello(store, saver.run, saver.shadow.size_max, saver.memory, saver.last_step))
+        saver.forget()
+
+    @property
+    def pid(self) -> int:
+        """The other process."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End the other process, once it has done what it was asked to."""
+        self._stop()
+        self._arena.close()
+
+    def is_stopped(self) -> bool:
+        """Return whether it is gone."""
+        return not self._stop.alive
+
+    # -- one save
+
+    def open(self, what: What, tensors: Sequence[Tensor | Deferred], meter: Meter) -> tuple[Memory, Reusable]:
+        """See `Background.open`."""
+        self._found: list[Found] = []
+        self._found_size = 0
+        self._cuts: dict[int, tuple[Ends, list[bytes]]] = {}
+        self._meter = meter
+        self._is_open = self._is_over = False
+        self._send(what)
+        opened = self._answer(Opened)
+        self._is_open = True
+        self.found_step = opened.found_step
+        self._is_new = opened.is_new
+        refused = set(opened.refused)
+        return self._seen, lambda known: known.row.name not in refused
+
+    def line(self, flat: Flat, begin: Callable[[], None]) -> Line:
+        """See `Background.line`."""
+        self._begin = begin
+        self._tensors = flat.tensors
+        bare = [(t.name, t.dtype, t.shape, t.framework) for t in flat.tensors]
+        likest = self._saver.before(flat.tensors) if self._is_new else None
+        self._send(Plan(flat.structure, bare if bare != self._bare else None, likest))
+        self._bare = bare
+        return self
+
+    def same(self, found: Look) -> None:
+        """See `Line.same`."""
+        self._put(Found(found.at, None, []), 0)
+
+    def copy(self, found: Look) -> None:
+        """See `Line.copy`."""
+        if found.before is not None:
+            self._cuts[found.at] = found.before.ends, found.fingerprints
+        place = self._arena.place(found.tensor.data)
+        self._put(Found(found.at, place, found.fingerprints), place.size)
+
+    def lend(self, found: Look) -> None:
+        """See `Line.lend`; nobody can lend another process his memory."""
+        raise AssertionError("a tensor larger than the room is saved by a thread")
+
+    def _put(self, found: Found, size: int) -> None:
+        self._found.append(found)
+        self._found_size += size
+        if len(self._found) >= _N_SENT or self._found_size >= _SENT_SIZE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._found:
+            self._send(self._found)
+        self._found, self._found_size = [], 0
+
+    def settle(self) -> int:
+        """See `Line.settle`."""
+        self._flush()
+        self._send(Settle())
+        settled = self._answer(Settled)
+        self._is_over = settled.kept_size is None
+        self._arena.keep(settled.held)
+        return settled.kept_size or 0
+
+    def is_over(self) -> bool:
+        """See `Line.is_over`."""
+        return self._is_over
+
+    def end(self) -> None:
+        """See `Line.end`."""
+        self._flush()
+        self._meter.resume()
+        self._send(End(self._meter.held()))
+        self._is_open = False
+        self._arena.trim()
+        self._begin()
+
+    def finish(self) -> SaveReport:
+        """See `Background.finish`."""
+        done = self._answer(Done)
+        self._cuts.update(done.cuts)
+        seen = []
+        for at, tensor in enumerate(self._tensors):
+            if tensor.size:
+                seen.append(self._known(at, tensor))
+        self._seen = Memory(seen)
+        self._arena.keep(done.held)
+        self.shadow_size = done.shadow_size
+        return done.report
+
+    def _known(self, at: int, tensor: Tensor | Deferred) -> Known:
+        if at not in self._cuts:
+            return self._seen.named(tensor.name)
+        ends, fingerprints = self._cuts[at]
+        row = TensorRow(tensor.name, tensor.dtype, tensor.shape, tensor.framework, tensor.size, 0, b"", b"")
+        return Known(row, ends, _NO_IDS, fingerprints, None)
+
+    def abort(self, error: BaseException) -> None:
+        """See `Background.abort`."""
+        if self.is_stopped() or not self._is_open:
+            return
+        if self._is_sending:  # interrupted in the middle of a message: nothing that follows could be read
+            self._process.kill()
+            self.stop()
+            return
+        self._send(Fail(f"{type(error).__name__}: {error}"))
+        with suppress(Exception):
+            self._answer(Done)
+
+    def fail(self, error: BaseException) -> None:
+        """See `Background.fail`: by then all is sent."""
+
+    # -- the wire
+
+    def _send(self, message: Any) -> None:
+        self._is_sending = True
+        try:
+            self._wire.send(message)
+        except OSError as e:
+            raise self._gone() from e
+        self._is_sending = False
+
+    def _answer(self, kind: type[T]) -> T:
+        """Wait for an answer; log what comes before it, raise what went wrong."""
+        while True:
+            try:
+                message = self._wire.receive()
+            except (EOFError, OSError) as e:
+                raise self._gone() from e
+            if isinstance(message, Logged):
+                log.log(message.level, "%s", message.text)
+            elif isinstance(message, Failed):
+                self._is_open = False
+                self._arena.keep(message.held)
+                raise message.error
+            else:
+                assert isinstance(message, kind)
+                return message
+
+    def _gone(self) -> StorageError:
+        self.stop()
+        code = self._process.returncode
+        return StorageError(
+            f"the process that saves ended by itself ({code})",
+            hint="save again; if it was short of memory, give open_run a memory_max",
+        )
+
+
+def _stop(wire: Wire, process: Popen[bytes], pid: int) -> None:
+    """Close the wire, on which the other process ends; in a forked child, only this end of it."""
+    wire.close()
+    if os.getpid() != pid:
+        process.returncode = 0  # it is not this process's to wait for
+        return
+    from subprocess import TimeoutExpired
+
+    try:
+        process.wait(_STOP_S)
+    except TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -62,7 +62,8 @@ _CODE = "import sys; sys.path[:] = {path!r}; from deltackpt.server import main; 
 
 def address(backend: Backend) -> str | None:
     """Return by what another process can open a store; None if none can, or no memory can be shared here."""
-    return backend.path if hasattr(os, "memfd_create") and sys.executable else None
+    can_start = sys.executable and not getattr(sys, "frozen", False)  # or it would be the whole application
+    return backend.path if can_start and hasattr(os, "memfd_create") else None
 
 
 class Proxy:
@@ -105,7 +106,7 @@ class Proxy:
         self.shadow_size = 0
         self.found_step: int | None = None
         self._bare: list[Bare] = []
-        self._is_open = self._is_over = self._is_sending = False
+        self._is_open = self._has_ended = self._is_over = self._is_talking = False
         self._saver = saver
         self._send(Hello(store, saver.run, saver.shadow.size_max, saver.memory, saver.last_step))
         saver.forget()
@@ -132,10 +133,10 @@ class Proxy:
         self._found_size = 0
         self._cuts: dict[int, tuple[Ends, list[bytes]]] = {}
         self._meter = meter
-        self._is_open = self._is_over = False
+        self._is_open = self._has_ended = self._is_over = False
+        self._is_open = True
         self._send(what)
         opened = self._answer(Opened)
-        self._is_open = True
         self.found_step = opened.found_step
         self._is_new = opened.is_new
         refused = set(opened.refused)
@@ -195,13 +196,14 @@ class Proxy:
         self._flush()
         self._meter.resume()
         self._send(End(self._meter.held()))
-        self._is_open = False
+        self._has_ended = True
         self._arena.trim()
         self._begin()
 
     def finish(self) -> SaveReport:
         """See `Background.finish`."""
         done = self._answer(Done)
+        self._is_open = False
         self._cuts.update(done.cuts)
         seen = []
         for at, tensor in enumerate(self._tensors):
@@ -223,13 +225,14 @@ class Proxy:
         """See `Background.abort`."""
         if self.is_stopped() or not self._is_open:
             return
-        if self._is_sending:  # interrupted in the middle of a message: nothing that follows could be read
+        if self._is_talking:  # interrupted in a message, or before an answer: the next would be taken for it
             self._process.kill()
             self.stop()
             return
-        self._send(Fail(f"{type(error).__name__}: {error}"))
         with suppress(Exception):
-            self._answer(Done)
+            if not self._has_ended:
+                self._send(Fail(f"{type(error).__name__}: {error}"))
+            self.finish()  # its answer must not be taken for one to the next save
 
     def fail(self, error: BaseException) -> None:
         """See `Background.fail`: by then all is sent."""
@@ -237,20 +240,22 @@ class Proxy:
     # -- the wire
 
     def _send(self, message: Any) -> None:
-        self._is_sending = True
+        self._is_talking = True
         try:
             self._wire.send(message)
         except OSError as e:
             raise self._gone() from e
-        self._is_sending = False
+        self._is_talking = False
 
     def _answer(self, kind: type[T]) -> T:
         """Wait for an answer; log what comes before it, raise what went wrong."""
         while True:
+            self._is_talking = True
             try:
                 message = self._wire.receive()
             except (EOFError, OSError) as e:
                 raise self._gone() from e
+            self._is_talking = False
             if isinstance(message, Logged):
                 log.log(message.level, "%s", message.text)
             elif isinstance(message, Failed):

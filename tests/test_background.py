@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from deltackpt import errors, open_run, proxy
+from deltackpt import run as runs
 from deltackpt.arena import Arena, Place, Window
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.osshim import Os
@@ -389,7 +390,21 @@ def test_a_forked_child_has_a_process_of_its_own(tmp_path):
     )
 
 
-@pytest.mark.parametrize("where", range(7))
+def test_a_thread_that_cannot_be_started_leaves_no_answer_behind(tmp_path, monkeypatch):
+    def fails(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with open_run(tmp_path) as run:
+        run.save_async({"w": weights(0)}, step=0).wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Pending, "begin", fails)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                run.save_async({"w": weights(1)}, step=1)
+        assert run.save_async({"w": weights(2)}, step=2).wait().step == 2
+        assert np.array_equal(run.load()["w"], weights(2))
+
+
+@pytest.mark.parametrize("where", range(8))
 def test_an_interrupt_anywhere_leaves_no_lock(tmp_path, monkeypatch, where):
     targets = [
         (proxy.Proxy, "open"),
@@ -399,6 +414,7 @@ def test_an_interrupt_anywhere_leaves_no_lock(tmp_path, monkeypatch, where):
         (Staging, "stage"),
         (Arena, "place"),
         (proxy.Wire, "send"),
+        (proxy.Wire, "receive"),
     ]
     target, name = targets[where]
 
@@ -414,7 +430,7 @@ def test_an_interrupt_anywhere_leaves_no_lock(tmp_path, monkeypatch, where):
         assert run.save_async({"w": weights(1)}, step=2).wait(20).step == 2
         assert run.steps() == [0, 2]
         assert np.array_equal(run.load()["w"], weights(1))
-    if name != "send":  # then it had to be killed, and gc takes that away
+    if name not in ("send", "receive"):  # then it had to be killed, and gc takes that away
         assert not list((tmp_path / "sessions").iterdir())
 
 

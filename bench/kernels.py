@@ -24,6 +24,8 @@ from deltackpt.differences import SUB, Form
 from deltackpt.types import U8
 
 CHUNK_SIZE = 256 << 10
+#: Chunks in a batch of a save.
+N_TOGETHER = 4
 #: Of the elements changed, as in bf16 weights of a fine-tune.
 SPARSE_SHARE = 0.05
 
@@ -98,28 +100,34 @@ def grouped(size: int, itemsize: int) -> list[Grouped]:
     made = []
     for start in range(0, size, CHUNK_SIZE):
         chunk, old = (a[start : start + CHUNK_SIZE] for a in (data, base))
-        of = differences.classes(differences.lengths(chunk, old, Form(itemsize, SUB)))
-        planes = np.empty(sum(differences.plane_sizes(of)), np.uint8)
-        differences.group(chunk, old, Form(itemsize, SUB), of, planes)
-        made.append(Grouped(chunk, old, of, planes))
+        planes = np.empty(chunk.size + chunk.size // 8 + 8, np.uint8)
+        [found] = differences.group_all([differences.Pair(chunk, old, Form(itemsize, SUB), planes)])
+        assert not isinstance(found, int)
+        made.append(Grouped(chunk, old, found.of, planes))
     return made
 
 
-def lengths_pass(data: U8, itemsize: int, lengths: Callable[..., Any]) -> None:
-    for d in deltas(data.size, itemsize, SPARSE_SHARE):
-        lengths(d.chunk, d.base, Form(itemsize, SUB))
+def group_pass(data: U8, itemsize: int, group_all: Callable[..., Any]) -> None:
+    form, made = Form(itemsize, SUB), grouped(data.size, itemsize)
+    pairs = [differences.Pair(d.chunk, d.base, form, d.planes) for d in made]
+    for i in range(0, len(made), N_TOGETHER):
+        group_all(pairs[i : i + N_TOGETHER])
 
 
-def group_pass(data: U8, itemsize: int, group: Callable[..., Any]) -> None:
-    for d in grouped(data.size, itemsize):
-        group(d.chunk, d.base, Form(itemsize, SUB), d.of, d.planes)
-
-
-def ungroup_pass(data: U8, itemsize: int, ungroup: Callable[..., Any]) -> None:
+def ungroup_pass(data: U8, itemsize: int, ungroup_all: Callable[..., Any]) -> None:
     out = np.empty(CHUNK_SIZE, np.uint8)
-    for d in grouped(data.size, itemsize):
-        planes = np.split(d.planes, np.cumsum(differences.plane_sizes(d.of))[:-1])
-        ungroup(planes, d.base, Form(itemsize, SUB), d.of, out[: d.chunk.size])
+    made = grouped(data.size, itemsize)
+    for i in range(0, len(made), N_TOGETHER):
+        planed = []
+        for d in made[i : i + N_TOGETHER]:
+            sizes = differences.plane_sizes(d.of)
+            planes = np.split(d.planes[: sum(sizes)], np.cumsum(sizes)[:-1])
+            planed.append(differences.Planed(planes, d.base, Form(itemsize, SUB), d.of, out[: d.chunk.size]))
+        ungroup_all(planed)
+
+
+def ungroup_all_ref(planed: list[differences.Planed]) -> list[bool]:
+    return [differences.ungroup_ref(*one) for one in planed]
 
 
 def count_pass(data: U8, itemsize: int, count: Callable[..., Any]) -> None:
@@ -153,9 +161,8 @@ CASES: list[
     *(("cut", cut_pass, align, kernels.cut, kernels.cut_ref) for align in (2, 4, 8)),
     *(("split_planes", split_pass, w, kernels.split_planes, kernels.split_planes_ref) for w in (1, 2, 4, 8)),
     *(("join_planes", join_pass, w, kernels.join_planes, kernels.join_planes_ref) for w in (1, 2, 4, 8)),
-    *(("delta lengths", lengths_pass, w, differences.lengths, differences.lengths_ref) for w in (2, 4, 8)),
-    *(("delta group", group_pass, w, differences.group, differences.group_ref) for w in (2, 4, 8)),
-    *(("delta ungroup", ungroup_pass, w, differences.ungroup, differences.ungroup_ref) for w in (2, 4, 8)),
+    *(("delta group", group_pass, w, differences.group_all, differences.group_all_ref) for w in (2, 4, 8)),
+    *(("delta ungroup", ungroup_pass, w, differences.ungroup_all, ungroup_all_ref) for w in (2, 4, 8)),
     *(("count", count_pass, w, differences.count_changed, differences.count_changed_ref) for w in (2, 4)),
     *(("sparse take", take_pass, w, differences.take, differences.take_ref) for w in (2, 4)),
     *(("sparse put", put_pass, w, differences.put, differences.put_ref) for w in (2, 4)),

@@ -398,8 +398,34 @@ static void sample_counts(const uint8_t *data, size_t step, size_t n_samples, ui
         counts[i] += odd[i];
 }
 
-/* Entropy of a sample of each plane, n_samples bytes of it at most.  table[c] is c * log2(c), in 2**-32: sums of whole
+/* Bytes of a sample of n_max at most, and how far apart they are: an odd number. */
+static size_t sample_of(size_t size, size_t n_max, size_t *step)
+{
+    size_t n;
+    *step = size / n_max ? (size / n_max - 1) | 1 : 1;
+    n = size / *step + (size % *step != 0);
+    return n < n_max ? n : n_max;
+}
+
+/* Entropy of a sample of n bytes, as sample_of says.  bits[c] is c * log2(c), in 2**-32, for c up to n: sums of whole
  * numbers, the same in any order. */
+static double entropy(const uint8_t *data, size_t step, size_t n, const int64_t *bits)
+{
+    uint32_t counts[256];
+    int64_t rest = bits[n];
+    int b;
+    sample_counts(data, step, n, counts);
+    for (b = 0; b < 256; b++)
+        rest -= bits[counts[b]];
+    return n ? (double)rest / ((double)n * 4294967296.0) : 0.0;
+}
+
+/* Entries of a table as `entropy` reads it; 0 if it is none. */
+static size_t n_logs(const Py_buffer *table)
+{
+    return (uintptr_t)table->buf % sizeof(int64_t) == 0 ? (size_t)table->len / sizeof(int64_t) : 0;
+}
+
 static PyObject *py_entropies(PyObject *self, PyObject *args)
 {
     Py_buffer table;
@@ -409,30 +435,18 @@ static PyObject *py_entropies(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "O!y*n:entropies", &PyTuple_Type, &given, &table, &n_samples))
         return NULL;
-    ok = n_samples >= 1 && table.len / (Py_ssize_t)sizeof(int64_t) > 0 &&
-         (uintptr_t)table.buf % sizeof(int64_t) == 0;
+    ok = n_samples >= 1 && n_logs(&table) > 0;
     found = ok ? PyList_New(0) : NULL;
     /* The GIL is kept: a plane takes 4 us, and a thread that lets go of it waits ten times that to have it back. */
     for (i = 0; found && i < PyTuple_Size(given); i++) {
-        const int64_t *bits = table.buf;
         Py_buffer plane;
         PyObject *value = NULL;
-        Py_ssize_t step, n;
+        size_t step, n;
         if (PyObject_GetBuffer(PyTuple_GetItem(given, i), &plane, PyBUF_SIMPLE) == 0) {
-            step = (plane.len / n_samples - 1) | 1;
-            step = step < 1 ? 1 : step;
-            n = plane.len / step + (plane.len % step != 0);
-            n = n < n_samples ? n : n_samples;
-            ok = n < table.len / (Py_ssize_t)sizeof(int64_t);
-            if (ok) {
-                uint32_t counts[256];
-                int64_t rest = bits[n];
-                int b;
-                sample_counts(plane.buf, (size_t)step, (size_t)n, counts);
-                for (b = 0; b < 256; b++)
-                    rest -= bits[counts[b]];
-                value = PyFloat_FromDouble(n ? (double)rest / ((double)n * 4294967296.0) : 0.0);
-            }
+            n = sample_of((size_t)plane.len, (size_t)n_samples, &step);
+            ok = n < n_logs(&table);
+            if (ok)
+                value = PyFloat_FromDouble(entropy(plane.buf, step, n, table.buf));
             PyBuffer_Release(&plane);
         }
         if (!value || PyList_Append(found, value) < 0)
@@ -443,6 +457,130 @@ static PyObject *py_entropies(PyObject *self, PyObject *args)
     if (!ok && !PyErr_Occurred())
         PyErr_SetString(PyExc_ValueError, "entropies: no samples, or table does not have all counts of them");
     return found;
+}
+
+/* ---- many buffers at a time ------------------------------------------------------------------------------------ */
+
+/* Whatever is done to many buffers in one call is done to all with the lock let go of once: a thread that lets go of
+ * it for every one waits longer to have it back than the work takes. */
+
+/* Buffers held for a call. */
+typedef struct {
+    Py_buffer *of;
+    Py_ssize_t n;
+} held;
+
+static int hold(held *all, Py_ssize_t n_max)
+{
+    all->n = 0;
+    all->of = PyMem_Calloc(n_max > 0 ? (size_t)n_max : 1, sizeof *all->of);
+    if (!all->of)
+        PyErr_NoMemory();
+    return all->of != NULL;
+}
+
+/* Take a buffer, of which there is room for one more; NULL with an exception if it is none. */
+static Py_buffer *take_buffer(held *all, PyObject *from, int flags)
+{
+    if (!from || PyObject_GetBuffer(from, &all->of[all->n], flags) < 0)
+        return NULL;
+    return &all->of[all->n++];
+}
+
+static void let_go(held *all)
+{
+    while (all->n > 0)
+        PyBuffer_Release(&all->of[--all->n]);
+    PyMem_Free(all->of);
+}
+
+/* are_equal(left, right) -> list of bool: of two sequences of buffers, which pairs are the same bytes. */
+static PyObject *py_are_equal(PyObject *self, PyObject *args)
+{
+    PyObject *left, *right, *found = NULL;
+    Py_ssize_t n, i;
+    held all;
+    char *same = NULL;
+    int ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!O!:are_equal", &PyTuple_Type, &left, &PyTuple_Type, &right))
+        return NULL;
+    n = PyTuple_Size(left);
+    if (n != PyTuple_Size(right)) {
+        PyErr_SetString(PyExc_ValueError, "are_equal: not as many on both sides");
+        return NULL;
+    }
+    if (!hold(&all, 2 * n))
+        return NULL;
+    same = PyMem_Calloc(n ? (size_t)n : 1, 1);
+    ok = same != NULL;
+    if (!ok)
+        PyErr_NoMemory();
+    for (i = 0; ok && i < n; i++)
+        ok = take_buffer(&all, PyTuple_GetItem(left, i), PyBUF_SIMPLE) &&
+             take_buffer(&all, PyTuple_GetItem(right, i), PyBUF_SIMPLE);
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        for (i = 0; i < n; i++) {
+            const Py_buffer *a = &all.of[2 * i], *b = a + 1;
+            same[i] = a->len == b->len && memcmp(a->buf, b->buf, (size_t)a->len) == 0;
+        }
+        Py_END_ALLOW_THREADS
+        found = PyList_New(n);
+    }
+    for (i = 0; found && i < n; i++)
+        if (PyList_SetItem(found, i, PyBool_FromLong(same[i])) < 0)
+            Py_CLEAR(found);
+    PyMem_Free(same);
+    let_go(&all);
+    return found;
+}
+
+/* move(moves): of each (out, offset, source) copy the source to there, one after another; they may overlap. */
+static PyObject *py_move(PyObject *self, PyObject *args)
+{
+    PyObject *moves;
+    Py_ssize_t n, i, *offsets = NULL;
+    held all;
+    int ok = 1;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!:move", &PyTuple_Type, &moves))
+        return NULL;
+    n = PyTuple_Size(moves);
+    if (!hold(&all, 2 * n))
+        return NULL;
+    offsets = PyMem_Calloc(n ? (size_t)n : 1, sizeof *offsets);
+    ok = offsets != NULL;
+    if (!ok)
+        PyErr_NoMemory();
+    for (i = 0; ok && i < n; i++) {
+        PyObject *out, *source;
+        const Py_buffer *to, *from;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(moves, i), "OnO:move", &out, &offsets[i], &source)) {
+            ok = 0;
+            break;
+        }
+        to = take_buffer(&all, out, PyBUF_WRITABLE);
+        from = to ? take_buffer(&all, source, PyBUF_SIMPLE) : NULL;
+        ok = from != NULL;
+        if (ok && (offsets[i] < 0 || from->len > to->len || offsets[i] > to->len - from->len)) {
+            PyErr_SetString(PyExc_ValueError, "move: what is moved does not fit where it is to go");
+            ok = 0;
+        }
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        for (i = 0; i < n; i++)
+            if (all.of[2 * i + 1].len)
+                memmove((uint8_t *)all.of[2 * i].buf + offsets[i], all.of[2 * i + 1].buf,
+                        (size_t)all.of[2 * i + 1].len);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(offsets);
+    let_go(&all);
+    if (!ok)
+        return NULL;
+    Py_RETURN_NONE;
 }
 
 /* ---- deltas of a base ------------------------------------------------------------------------------------------ */
@@ -584,6 +722,32 @@ typedef struct {
     size_t counts[N_CLASSES_MAX];   /* elements of each, n of them in all */
 } classes;
 
+/* Into which classes differences go, given how many of them have each length; differences.classes says the rule. */
+static void classify(const int64_t *counts, size_t width, classes *of)
+{
+    static const int64_t rare[] = {32, 16, 8, 4}; /* above a fourth are three at most, and the longest */
+    int64_t n = 0;
+    size_t l, r, longest = 0;
+    for (l = 0; l <= width; l++) {
+        n += counts[l];
+        longest = counts[l] ? l : longest;
+    }
+    for (r = 0, of->n = N_CLASSES_MAX + 1; of->n > N_CLASSES_MAX; r++) {
+        int64_t waiting = 0;
+        for (l = 0, of->n = 0; l <= longest; l++) {
+            waiting += counts[l];
+            if (l != longest && waiting * rare[r] <= n)
+                continue;
+            if (of->n < N_CLASSES_MAX) {
+                of->lengths[of->n] = (uint8_t)l;
+                of->counts[of->n] = (size_t)waiting;
+            }
+            of->n++;
+            waiting = 0;
+        }
+    }
+}
+
 /* A block's differences are sorted into five rooms of one array.  Where the next of each class goes stands in 12 bits
  * of one number: no memory is waited for, whatever comes in which order. */
 #define GROUP_BLOCK 480 /* elements: their classes fill whole bytes, 8, 5, 4 or 3 to one */
@@ -601,6 +765,13 @@ TEMPLATE void to_shifts(uint8_t class_of[GROUP_BLOCK + 8])
     size_t i;
     for (i = 0; i < GROUP_BLOCK + 8; i++)
         class_of[i] = (uint8_t)(class_of[i] * PLACE_BITS);
+}
+
+TEMPLATE int are_alike(const uint8_t bytes[8])
+{
+    uint64_t v;
+    memcpy(&v, bytes, 8);
+    return v == (v & 0xff) * UINT64_C(0x0101010101010101);
 }
 
 static int is_complete(const classes *of, const size_t at[N_CLASSES_MAX])
@@ -830,16 +1001,16 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                 \
             differences_##WIDTH(data, base, i, m, map, cast, scale, z);                                           \
             counts[0] += (int64_t)m;                                                                              \
-            for (l = 0; l < WIDTH; l++) {                                                                         \
-                UINT limit = (UINT)(((UINT)1 << (8 * l)) - 1);                                                    \
-                uint32_t longer = 0;                                                                              \
-                for (j = 0; j < m; j++)                                                                           \
-                    longer += z[j] > limit;                                                                       \
-                counts[l] -= longer;                                                                              \
-                counts[l + 1] += longer;                                                                          \
-            }                                                                                                     \
-        }                                                                                                         \
-    }                                                                                                             \
+            uint32_t longer[WIDTH] = {0};                                                                          \
+            for (j = 0; j < m; j++)                                                                                \
+                for (l = 0; l < WIDTH; l++)                                                                        \
+                    longer[l] += z[j] > (UINT)(((UINT)1 << (8 * l)) - 1);                                          \
+            for (l = 0; l < WIDTH; l++) {                                                                          \
+                counts[l] -= longer[l];                                                                            \
+                counts[l + 1] += longer[l];                                                                        \
+            }                                                                                                      \
+        }                                                                                                          \
+    }                                                                                                              \
     /* Writes the class of each element, several to a byte, then each class's differences as planes, of as many bytes\
      * as its length says.  0 unless every class has exactly as many elements as `counts` says. */                \
     CLONES static int delta_group_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int map, int cast,  \
@@ -847,7 +1018,7 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
     {                                                                                                             \
         UINT z[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                                   \
         uint8_t class_of[GROUP_BLOCK + 8], *digits = out;                                                         \
-        size_t at[N_CLASSES_MAX] = {0}, i, j, c, l;                                                               \
+        size_t at[N_CLASSES_MAX] = {0}, i, j, k, c, l;                                                               \
         for (i = 0; i < n; i += GROUP_BLOCK) {                                                                    \
             size_t m = n - i < GROUP_BLOCK ? n - i : GROUP_BLOCK;                                                 \
             uint8_t *plane = out + digits_size(of->n, n);                                                         \
@@ -862,10 +1033,21 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
             }                                                                                                     \
             digits = write_digits(class_of, m, of->n, digits);                                                    \
             to_shifts(class_of);                                                                                  \
-            for (j = 0; j < m; j++) {                                                                             \
-                some[next >> class_of[j] & PLACE_MAX] = z[j];                                                     \
-                next += UINT64_C(1) << class_of[j];                                                               \
-            }                                                                                                     \
+            for (j = 0; j + 8 <= m; j += 8) {                                                                      \
+                if (are_alike(class_of + j)) {                                                                     \
+                    memcpy(some + (next >> class_of[j] & PLACE_MAX), z + j, 8 * sizeof *z);                        \
+                    next += UINT64_C(8) << class_of[j];                                                            \
+                    continue;                                                                                      \
+                }                                                                                                  \
+                for (k = j; k < j + 8; k++) {                                                                      \
+                    some[next >> class_of[k] & PLACE_MAX] = z[k];                                                  \
+                    next += UINT64_C(1) << class_of[k];                                                            \
+                }                                                                                                  \
+            }                                                                                                      \
+            for (; j < m; j++) {                                                                                   \
+                some[next >> class_of[j] & PLACE_MAX] = z[j];                                                      \
+                next += UINT64_C(1) << class_of[j];                                                                \
+            }                                                                                                      \
             for (c = 0; c < of->n; c++) {                                                                         \
                 const UINT *from = some + c * GROUP_BLOCK;                                                        \
                 size_t here = (size_t)((next - FIRST_PLACES) >> PLACE_BITS * c & PLACE_MAX);                      \
@@ -886,7 +1068,7 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
     {                                                                                                             \
         UINT z[GROUP_BLOCK], from[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                \
         uint8_t class_of[GROUP_BLOCK + 8], table[256][8];                                                         \
-        size_t at[N_CLASSES_MAX] = {0}, i, j, c;                                                                  \
+        size_t at[N_CLASSES_MAX] = {0}, i, j, k, c;                                                                  \
         digits_table(of->n, table);                                                                               \
         for (i = 0; i < n; i += GROUP_BLOCK) {                                                                    \
             size_t m = n - i < GROUP_BLOCK ? n - i : GROUP_BLOCK;                                                 \
@@ -903,10 +1085,21 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
                 at[c] += here;                                                                                    \
             }                                                                                                     \
             to_shifts(class_of);                                                                                  \
-            for (j = 0; j < m; j++) {                                                                             \
-                z[j] = some[next >> class_of[j] & PLACE_MAX];                                                     \
-                next += UINT64_C(1) << class_of[j];                                                               \
-            }                                                                                                     \
+            for (j = 0; j + 8 <= m; j += 8) {                                                                      \
+                if (are_alike(class_of + j)) {                                                                     \
+                    memcpy(z + j, some + (next >> class_of[j] & PLACE_MAX), 8 * sizeof *z);                        \
+                    next += UINT64_C(8) << class_of[j];                                                            \
+                    continue;                                                                                      \
+                }                                                                                                  \
+                for (k = j; k < j + 8; k++) {                                                                      \
+                    z[k] = some[next >> class_of[k] & PLACE_MAX];                                                  \
+                    next += UINT64_C(1) << class_of[k];                                                            \
+                }                                                                                                  \
+            }                                                                                                      \
+            for (; j < m; j++) {                                                                                   \
+                z[j] = some[next >> class_of[j] & PLACE_MAX];                                                      \
+                next += UINT64_C(1) << class_of[j];                                                                \
+            }                                                                                                      \
             prepare_##WIDTH(base, i, m, cast, scale, from);                                                       \
             sums_##WIDTH(z, from, m, map);                                                                        \
             for (j = 0; j < m; j++)                                                                               \
@@ -914,11 +1107,13 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
         }                                                                                                         \
         return is_complete(of, at);                                                                               \
     }                                                                                                             \
-    CLONES static size_t count_changed_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int cast)       \
+    /* How many elements differ from the base's, cast but not scaled; counting ends where they are more than max. */\
+    CLONES static size_t count_changed_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int cast,       \
+                                               size_t max)                                                         \
     {                                                                                                              \
         UINT from[DELTA_BLOCK];                                                                                    \
         size_t i, j, changed = 0;                                                                                  \
-        for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
+        for (i = 0; i < n && changed <= max; i += DELTA_BLOCK) {                                                   \
             size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
             uint32_t here = 0;                                                                                     \
             prepare_##WIDTH(base, i, m, cast, 1.0f, from);                                                         \
@@ -1065,29 +1260,152 @@ static PyObject *bad_delta(void)
      : width == 4 ? CALL##_4(__VA_ARGS__)                                                                          \
                   : CALL##_8(__VA_ARGS__))
 
-static PyObject *py_delta_lengths(PyObject *self, PyObject *args)
-{
-    Py_buffer data, base, counts;
-    Py_ssize_t width, n;
-    int map, cast, ok;
+/* Buffers of an element type that fit each other. */
+typedef struct {
+    const uint8_t *data, *base;
+    uint8_t *out;
+    size_t n, out_size;
+    Py_ssize_t width, sparse_max;
+    int map, cast;
     float scale;
+} pair;
+
+/* What became of a pair: nothing if `changed` elements are few enough, else its differences in `out`. */
+typedef struct {
+    size_t changed;
+    int is_sparse, fits;
+    classes of;
+    double data_bits, bits[N_PLANES_MAX];
+} grouped;
+
+static double sampled(const uint8_t *data, size_t size, const int64_t *logs, size_t n_samples)
+{
+    size_t step, n = sample_of(size, n_samples, &step);
+    return entropy(data, step, n, logs);
+}
+
+static void group_pair(const pair *p, const int64_t *logs, size_t n_samples, grouped *found)
+{
+    Py_ssize_t width = p->width;
+    int64_t counts[9];
+    uint8_t *plane;
+    size_t c, l, k = 0, size;
+    found->fits = found->is_sparse = 0;
+    if (p->sparse_max >= 0) {
+        found->changed = BY_WIDTH(count_changed, p->data, p->base, p->n, p->cast, (size_t)p->sparse_max);
+        found->is_sparse = found->changed <= (size_t)p->sparse_max;
+        if (found->is_sparse)
+            return;
+    }
+    BY_WIDTH(delta_lengths, p->data, p->base, p->n, p->map, p->cast, p->scale, counts);
+    classify(counts, (size_t)width, &found->of);
+    size = digits_size(found->of.n, p->n);
+    plane = p->out;
+    for (c = 0; c < found->of.n; c++)
+        size += found->of.lengths[c] * found->of.counts[c];
+    if (size > p->out_size)
+        return;
+    /* Zero if the data changed since it was counted. */
+    found->fits = BY_WIDTH(delta_group, p->data, p->base, p->n, p->map, p->cast, p->scale, &found->of, p->out);
+    found->data_bits = sampled(p->data, p->n * (size_t)width, logs, n_samples);
+    for (c = 0; c <= found->of.n; c++) { /* the classes' digits, then the planes of each */
+        for (l = 0; l < (c ? found->of.lengths[c - 1] : found->of.n > 1); l++) {
+            size = c ? found->of.counts[c - 1] : digits_size(found->of.n, p->n);
+            found->bits[k++] = sampled(plane, size, logs, n_samples);
+            plane += size;
+        }
+    }
+}
+
+/* The number that changed, or ({length: elements}, bits of each plane, bits of the data). */
+static PyObject *grouped_as_object(const grouped *g)
+{
+    PyObject *of, *bits, *value;
+    size_t c, k, n_planes = g->of.n > 1;
+    if (g->is_sparse)
+        return PyLong_FromSize_t(g->changed);
+    of = PyDict_New();
+    for (c = 0; of && c < g->of.n; c++) {
+        PyObject *length = PyLong_FromSize_t(g->of.lengths[c]), *count = PyLong_FromSize_t(g->of.counts[c]);
+        if (!length || !count || PyDict_SetItem(of, length, count) < 0)
+            Py_CLEAR(of);
+        Py_XDECREF(length);
+        Py_XDECREF(count);
+        n_planes += g->of.lengths[c];
+    }
+    bits = PyList_New(0);
+    for (k = 0; bits && k < n_planes; k++) {
+        value = PyFloat_FromDouble(g->bits[k]);
+        if (!value || PyList_Append(bits, value) < 0)
+            Py_CLEAR(bits);
+        Py_XDECREF(value);
+    }
+    value = of && bits ? Py_BuildValue("OOd", of, bits, g->data_bits) : NULL;
+    Py_XDECREF(of);
+    Py_XDECREF(bits);
+    return value;
+}
+
+static PyObject *py_delta_group(PyObject *self, PyObject *args)
+{
+    PyObject *given, *found = NULL;
+    Py_buffer table;
+    Py_ssize_t n_samples, n_pairs, i;
+    pair *pairs;
+    grouped *groups;
+    held all;
+    int ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*w*niif:delta_lengths", &data, &base, &counts, &width, &map, &cast, &scale))
+    if (!PyArg_ParseTuple(args, "O!y*n:delta_group", &PyTuple_Type, &given, &table, &n_samples))
         return NULL;
-    n = fitting(&data, &base, width, map, cast);
-    ok = n >= 0 && is_scale(scale) && counts.len == (width + 1) * (Py_ssize_t)sizeof(int64_t) &&
-         (uintptr_t)counts.buf % sizeof(int64_t) == 0 && !overlap(&data, &counts) && !overlap(&base, &counts);
+    n_pairs = PyTuple_Size(given);
+    pairs = PyMem_Calloc((size_t)n_pairs + 1, sizeof *pairs);
+    groups = PyMem_Calloc((size_t)n_pairs + 1, sizeof *groups);
+    ok = hold(&all, 3 * n_pairs) && pairs && groups;
+    if (!ok)
+        PyErr_NoMemory();
+    else if (n_samples < 1 || (size_t)n_samples >= n_logs(&table)) {
+        bad_delta();
+        ok = 0;
+    }
+    for (i = 0; ok && i < n_pairs; i++) {
+        PyObject *data_of, *base_of, *out_of;
+        const Py_buffer *data, *base, *out;
+        pair *p = &pairs[i];
+        Py_ssize_t n;
+        ok = PyArg_ParseTuple(PyTuple_GetItem(given, i), "OOOniifn:delta_group", &data_of, &base_of, &out_of,
+                              &p->width, &p->map, &p->cast, &p->scale, &p->sparse_max) &&
+             (data = take_buffer(&all, data_of, PyBUF_SIMPLE)) && (base = take_buffer(&all, base_of, PyBUF_SIMPLE)) &&
+             (out = take_buffer(&all, out_of, PyBUF_WRITABLE));
+        if (!ok)
+            break;
+        n = fitting(data, base, p->width, p->map, p->cast);
+        ok = n >= 0 && is_scale(p->scale) && !overlap(data, out) && !overlap(base, out);
+        if (!ok)
+            bad_delta();
+        p->data = data->buf;
+        p->base = base->buf;
+        p->out = out->buf;
+        p->out_size = (size_t)out->len;
+        p->n = (size_t)n;
+    }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        BY_WIDTH(delta_lengths, data.buf, base.buf, (size_t)n, map, cast, scale, counts.buf);
+        for (i = 0; i < n_pairs; i++)
+            group_pair(&pairs[i], table.buf, (size_t)n_samples, &groups[i]);
         Py_END_ALLOW_THREADS
+        found = PyList_New(n_pairs);
     }
-    PyBuffer_Release(&data);
-    PyBuffer_Release(&base);
-    PyBuffer_Release(&counts);
-    if (!ok)
-        return bad_delta();
-    Py_RETURN_NONE;
+    for (i = 0; found && i < n_pairs; i++) {
+        PyObject *one = groups[i].fits || groups[i].is_sparse ? grouped_as_object(&groups[i]) : bad_delta();
+        if (!one || PyList_SetItem(found, i, one) < 0)
+            Py_CLEAR(found);
+    }
+    PyMem_Free(pairs);
+    PyMem_Free(groups);
+    let_go(&all);
+    PyBuffer_Release(&table);
+    return found;
 }
 
 /* Fill `of` from {length: elements}, ascending, of n elements; returns bytes of all planes, -1 if they do not fit. */
@@ -1118,79 +1436,102 @@ static Py_ssize_t parse_classes(PyObject *given, Py_ssize_t width, Py_ssize_t n,
     return i == (Py_ssize_t)of->n && sum == n ? size : -1;
 }
 
-static PyObject *py_delta_group(PyObject *self, PyObject *args)
-{
-    Py_buffer data, base, planes;
-    PyObject *given;
-    Py_ssize_t width, n;
+/* Differences to put back: the planes of each, and what `grouped` was given. */
+typedef struct {
+    const uint8_t *planes[N_PLANES_MAX], *base;
+    uint8_t *out;
+    size_t n;
+    Py_ssize_t width;
     classes of;
-    int map, cast, ok;
+    int map, cast, fits;
     float scale;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*w*niifO!:delta_group", &data, &base, &planes, &width, &map, &cast, &scale,
-                          &PyDict_Type, &given))
-        return NULL;
-    n = fitting(&data, &base, width, map, cast);
-    ok = n >= 0 && is_scale(scale) && planes.len == parse_classes(given, width, n, &of) &&
-         !overlap(&data, &planes) && !overlap(&base, &planes);
-    if (ok) {
-        Py_BEGIN_ALLOW_THREADS
-        ok = BY_WIDTH(delta_group, data.buf, base.buf, (size_t)n, map, cast, scale, &of, planes.buf);
-        Py_END_ALLOW_THREADS
+} planed;
+
+/* Fill `p` from the planes of a tuple, None being zeros, that must be as many and as large as its classes say. */
+static int parse_planes(PyObject *given, const Py_buffer *out, held *all, planed *p)
+{
+    Py_ssize_t k = 0;
+    size_t c, l;
+    for (c = 0; c <= p->of.n; c++) { /* the classes' digits, then the planes of each */
+        for (l = 0; l < (c ? p->of.lengths[c - 1] : p->of.n > 1); l++, k++) {
+            size_t size = c ? p->of.counts[c - 1] : digits_size(p->of.n, p->n);
+            PyObject *one = k < PyTuple_Size(given) ? PyTuple_GetItem(given, k) : NULL;
+            const Py_buffer *plane;
+            if (one == Py_None)
+                continue;
+            plane = one ? take_buffer(all, one, PyBUF_SIMPLE) : NULL;
+            if (!plane || (size_t)plane->len != size || overlap(plane, out))
+                return 0;
+            p->planes[k] = plane->buf;
+        }
     }
-    PyBuffer_Release(&data);
-    PyBuffer_Release(&base);
-    PyBuffer_Release(&planes);
-    if (!ok)
-        return PyErr_Occurred() ? NULL : bad_delta();
-    Py_RETURN_NONE;
+    return k == PyTuple_Size(given);
+}
+
+/* Buffers of all items: base, out, and as many planes as the tuple in front has. */
+static Py_ssize_t count_buffers(PyObject *given)
+{
+    Py_ssize_t i, n = 0;
+    for (i = 0; i < PyTuple_Size(given); i++) {
+        PyObject *item = PyTuple_GetItem(given, i);
+        PyObject *planes = PyTuple_Check(item) && PyTuple_Size(item) > 0 ? PyTuple_GetItem(item, 0) : NULL;
+        n += 2 + (planes && PyTuple_Check(planes) ? PyTuple_Size(planes) : 0);
+    }
+    return n;
 }
 
 static PyObject *py_delta_ungroup(PyObject *self, PyObject *args)
 {
-    Py_buffer base, out, held[N_PLANES_MAX];
-    const uint8_t *planes[N_PLANES_MAX] = {NULL}, *digits;
-    PyObject *given, *sizes;
-    Py_ssize_t width, n, k = 0, n_held = 0;
-    size_t c, l;
-    classes of;
-    int map, cast, ok, fits = 0;
-    float scale;
+    PyObject *given, *found = NULL;
+    Py_ssize_t n_all, i;
+    planed *all_planed;
+    held all;
+    int ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "O!y*w*niifO!:delta_ungroup", &PyTuple_Type, &given, &base, &out, &width, &map, &cast,
-                          &scale, &PyDict_Type, &sizes))
+    if (!PyArg_ParseTuple(args, "O!:delta_ungroup", &PyTuple_Type, &given))
         return NULL;
-    n = fitting(&out, &base, width, map, cast);
-    ok = n >= 0 && is_scale(scale) && parse_classes(sizes, width, n, &of) >= 0 && !overlap(&base, &out);
-    for (c = 0; ok && c <= of.n; c++) { /* the classes' digits, then the planes of each */
-        for (l = 0; ok && l < (c ? of.lengths[c - 1] : of.n > 1); l++, k++) {
-            size_t size = c ? of.counts[c - 1] : digits_size(of.n, (size_t)n);
-            PyObject *plane = k < PyTuple_Size(given) ? PyTuple_GetItem(given, k) : NULL;
-            if (plane == Py_None)
-                continue;
-            ok = plane && PyObject_GetBuffer(plane, &held[n_held], PyBUF_SIMPLE) == 0;
-            if (!ok)
-                break;
-            planes[k] = held[n_held].buf;
-            ok = (size_t)held[n_held].len == size && !overlap(&held[n_held], &out);
-            n_held++;
-        }
-    }
-    ok = ok && k == PyTuple_Size(given);
-    if (ok) {
-        digits = of.n > 1 ? planes[0] : NULL;
-        Py_BEGIN_ALLOW_THREADS
-        fits = BY_WIDTH(delta_ungroup, digits, planes + (of.n > 1), base.buf, out.buf, (size_t)n, map, cast, scale,
-                        &of);
-        Py_END_ALLOW_THREADS
-    }
-    while (n_held > 0)
-        PyBuffer_Release(&held[--n_held]);
-    PyBuffer_Release(&base);
-    PyBuffer_Release(&out);
+    n_all = PyTuple_Size(given);
+    all_planed = PyMem_Calloc((size_t)n_all + 1, sizeof *all_planed);
+    ok = hold(&all, count_buffers(given)) && all_planed;
     if (!ok)
-        return PyErr_Occurred() ? NULL : bad_delta();
-    return PyBool_FromLong(fits);
+        PyErr_NoMemory();
+    for (i = 0; ok && i < n_all; i++) {
+        PyObject *planes, *base_of, *out_of, *sizes;
+        const Py_buffer *base, *out;
+        planed *p = &all_planed[i];
+        Py_ssize_t n;
+        ok = PyArg_ParseTuple(PyTuple_GetItem(given, i), "O!OOniifO!:delta_ungroup", &PyTuple_Type, &planes, &base_of,
+                              &out_of, &p->width, &p->map, &p->cast, &p->scale, &PyDict_Type, &sizes) &&
+             (base = take_buffer(&all, base_of, PyBUF_SIMPLE)) && (out = take_buffer(&all, out_of, PyBUF_WRITABLE));
+        if (!ok)
+            break;
+        n = fitting(out, base, p->width, p->map, p->cast);
+        p->base = base->buf;
+        p->out = out->buf;
+        p->n = (size_t)n;
+        ok = n >= 0 && is_scale(p->scale) && parse_classes(sizes, p->width, n, &p->of) >= 0 && !overlap(base, out) &&
+             parse_planes(planes, out, &all, p);
+        if (!ok && !PyErr_Occurred())
+            bad_delta();
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        for (i = 0; i < n_all; i++) {
+            planed *p = &all_planed[i];
+            Py_ssize_t width = p->width;
+            int many = p->of.n > 1;
+            p->fits = BY_WIDTH(delta_ungroup, many ? p->planes[0] : NULL, p->planes + many, p->base, p->out, p->n,
+                               p->map, p->cast, p->scale, &p->of);
+        }
+        Py_END_ALLOW_THREADS
+        found = PyList_New(n_all);
+    }
+    for (i = 0; found && i < n_all; i++)
+        if (PyList_SetItem(found, i, PyBool_FromLong(all_planed[i].fits)) < 0)
+            Py_CLEAR(found);
+    PyMem_Free(all_planed);
+    let_go(&all);
+    return found;
 }
 
 static PyObject *py_count_changed(PyObject *self, PyObject *args)
@@ -1205,7 +1546,7 @@ static PyObject *py_count_changed(PyObject *self, PyObject *args)
     n = fitting(&data, &base, width, MAP_INT, cast);
     if (n >= 0) {
         Py_BEGIN_ALLOW_THREADS
-        changed = BY_WIDTH(count_changed, data.buf, base.buf, (size_t)n, cast);
+        changed = BY_WIDTH(count_changed, data.buf, base.buf, (size_t)n, cast, SIZE_MAX);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&data);
@@ -1284,12 +1625,12 @@ static PyMethodDef methods[] = {
     {"split_planes", py_split_planes, METH_VARARGS, "split_planes(data, planes, itemsize, rotate)"},
     {"join_planes", py_join_planes, METH_VARARGS, "join_planes(planes, out, itemsize, rotate)"},
     {"entropies", py_entropies, METH_VARARGS, "entropies(planes, table, n_samples) -> list of float"},
-    {"delta_lengths", py_delta_lengths, METH_VARARGS,
-     "delta_lengths(data, base, counts, itemsize, map, cast, scale)"},
+    {"are_equal", py_are_equal, METH_VARARGS, "are_equal(left, right) -> list of bool"},
+    {"move", py_move, METH_VARARGS, "move(of (out, offset, source) each)"},
     {"delta_group", py_delta_group, METH_VARARGS,
-     "delta_group(data, base, planes, itemsize, map, cast, scale, classes)"},
+     "delta_group(of (data, base, out, itemsize, map, cast, scale, sparse_max) each, table, n_samples) -> list"},
     {"delta_ungroup", py_delta_ungroup, METH_VARARGS,
-     "delta_ungroup(planes, base, out, itemsize, map, cast, scale, classes) -> bool"},
+     "delta_ungroup(of (planes, base, out, itemsize, map, cast, scale, classes) each) -> list of bool"},
     {"count_changed", py_count_changed, METH_VARARGS, "count_changed(data, base, itemsize, cast) -> n"},
     {"sparse_take", py_sparse_take, METH_VARARGS,
      "sparse_take(data, base, places, packed, itemsize, map, cast, bitmap) -> n_places"},

@@ -11,6 +11,7 @@ NaN payloads, -0.0 and denormals come back as they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -75,42 +76,17 @@ class Form(NamedTuple):
             raise InvalidInputError(f"difference: {self} is out of range")
 
 
-def lengths(data: U8, base: U8, form: Form) -> list[int]:
+def lengths_ref(data: U8, base: U8, form: Form) -> list[int]:
     """Return how many of the differences have each length: their bytes but for zeros at the top.
 
-    Parameters
-    ----------
-    data : ndarray of uint8, shape (n * form.itemsize,)
-    base : ndarray of uint8, shape (n * form.base_itemsize,)
-    form : Form
-
-    Returns
-    -------
-    list of int
-        Differences of 0, 1, ..., `form.itemsize` bytes; n of them in all.
-
-    Raises
-    ------
-    InvalidInputError
-        If sizes do not fit or `form` is out of range.
+    A part of `group_all_ref`: how many are of 0, 1, ..., `form.itemsize` bytes.
 
     Examples
     --------
     >>> data, base = (np.array(x, "<f4").view(np.uint8) for x in ([1.0, 2.0], [1.0000001, 2.0]))
-    >>> lengths(data, base, Form(4, SUB))
+    >>> lengths_ref(data, base, Form(4, SUB))
     [1, 1, 0, 0, 0]
     """
-    _check(data, base, form)
-    if _native is None:
-        return lengths_ref(data, base, form)
-    counts = np.empty(form.itemsize + 1, np.int64)
-    _native.delta_lengths(data, base, counts, form.itemsize, form.map, form.cast, form.scale)
-    found: list[int] = counts.tolist()
-    return found
-
-
-def lengths_ref(data: U8, base: U8, form: Form) -> list[int]:
-    """The NumPy twin of `lengths`."""
     found: list[int] = np.bincount(
         _lengths_of(_differences(data, base, form)), minlength=form.itemsize + 1
     ).tolist()
@@ -157,49 +133,115 @@ def plane_sizes(of: Classes) -> list[int]:
     return [*([digits] if len(of) > 1 else []), *(n for length, n in of.items() for _ in range(length))]
 
 
-def group(data: U8, base: U8, form: Form, of: Classes, out: U8) -> None:
-    """Write the zigzagged differences into `out`: which class each is of, then the bytes of each class.
+class Pair(NamedTuple):
+    """Elements and those they are compared with.
 
     Parameters
     ----------
-    data, base : ndarray of uint8
-        As of `lengths`.
+    data : ndarray of uint8, shape (n * form.itemsize,)
+    base : ndarray of uint8, shape (n * form.base_itemsize,)
     form : Form
+    out : ndarray of uint8
+        Room for the planes: (1 + 1 / 8) bytes for each of `data` and 8 more are always enough.
+    n_few : int
+        If at most so many elements differ (cast but not scaled) nothing is written; -1: never.
+    """
+
+    data: U8
+    base: U8
+    form: Form
+    out: U8
+    n_few: int = -1
+
+
+class Grouped(NamedTuple):
+    """Differences as `group_all` wrote them.
+
+    Parameters
+    ----------
     of : dict
-        As `classes` says, of these differences.
-    out : ndarray of uint8, shape (sum of `plane_sizes`,)
-        If there are several classes, the number of each difference's class, the first 0, several to a byte:
-        digits of a number to the base of how many classes there are, the first the lowest.  Then the planes
-        of each class: byte 0 of each of its differences, byte 1, up to its length.
+        The `classes`.
+    bits : list of float
+        `kernels.entropy` of each plane.
+    data_bits : float
+        That of the data.
+    """
+
+    of: Classes
+    bits: list[float]
+    data_bits: float
+
+
+def group_all(pairs: Sequence[Pair]) -> list[Grouped | int]:
+    """Write the zigzagged differences of each pair into its `out`: which class each is of, then their bytes.
+
+    If there are several classes, first comes the number of each difference's class, the first class being
+    0, several to a byte: digits of a number to the base of how many classes there are, the first the lowest.
+    Then the planes of each class: byte 0 of each of its differences, byte 1, up to its length.  The sizes
+    are those of `plane_sizes`.
+
+    Returns
+    -------
+    list of Grouped or int
+        The number of elements that differ where they are few: see `Pair.n_few`.
 
     Raises
     ------
     InvalidInputError
-        If sizes do not fit, the classes are those of other differences, or `form` is out of range.
+        If sizes do not fit, a form is out of range, or the data is changed meanwhile.
+
+    Notes
+    -----
+    One call for many: a thread that lets go of the interpreter's lock for every chunk, 25 to 100 us apart,
+    gains nothing from a second core.
 
     Examples
     --------
     >>> data, base = np.array([7, 7, 9, 7], np.uint8), np.full(4, 7, np.uint8)
-    >>> out = np.empty(2, np.uint8)
-    >>> group(data, base, Form(1, INTEGER), {0: 3, 1: 1}, out)
+    >>> out = np.zeros(4, np.uint8)
+    >>> pair = Pair(data, base, Form(1, INTEGER), out)
+    >>> grouped, n = group_all([pair, pair._replace(n_few=1)])
+    >>> grouped.of, grouped.bits, n
+    ({0: 3, 1: 1}, [0.0, 0.0], 1)
     >>> out
-    array([4, 4], dtype=uint8)
+    array([4, 4, 0, 0], dtype=uint8)
     """
-    _check(data, base, form)
-    _check_classes(of, data.size // form.itemsize, form)
-    if out.size != sum(plane_sizes(of)):
-        raise InvalidInputError(f"difference: {out.size} bytes for {of}")
+    for pair in pairs:
+        _check(pair.data, pair.base, pair.form)
     if _native is None:
-        group_ref(data, base, form, of, out)
-        return
+        return group_all_ref(pairs)
+    items = tuple(
+        (data, base, out, form.itemsize, form.map, form.cast, form.scale, n_few)
+        for data, base, form, out, n_few in pairs
+    )
     try:
-        _native.delta_group(data, base, out, form.itemsize, form.map, form.cast, form.scale, of)
+        found = _native.delta_group(items, kernels.logs(kernels.N_SAMPLES), kernels.N_SAMPLES)
     except ValueError as e:
         raise InvalidInputError(f"difference: {e}") from e
+    return [one if isinstance(one, int) else Grouped._make(one) for one in found]
+
+
+def group_all_ref(pairs: Sequence[Pair]) -> list[Grouped | int]:
+    """The NumPy twin of `group_all`."""
+    found: list[Grouped | int] = []
+    for data, base, form, out, n_few in pairs:
+        changed = count_changed_ref(data, base, form)
+        if changed <= n_few:
+            found.append(changed)
+            continue
+        of = classes(lengths_ref(data, base, form))
+        ends = list(accumulate(sizes := plane_sizes(of), initial=0))
+        if ends[-1] > out.size:
+            raise InvalidInputError(f"difference: {out.size} bytes for {of}")
+        group_ref(data, base, form, of, out[: ends[-1]])
+        planes = [out[end - size : end] for size, end in zip(sizes, ends[1:], strict=True)]
+        *bits, data_bits = kernels.entropies_ref([*planes, data])
+        found.append(Grouped(of, bits, data_bits))
+    return found
 
 
 def group_ref(data: U8, base: U8, form: Form, of: Classes, out: U8) -> None:
-    """The NumPy twin of `group`."""
+    """Write the planes of differences, given their classes: a part of `group_all_ref`."""
     differences = _differences(data, base, form)
     class_of = np.searchsorted(np.array(list(of)), _lengths_of(differences))
     if np.bincount(class_of, minlength=len(of)).tolist() != list(of.values()):
@@ -216,45 +258,62 @@ def group_ref(data: U8, base: U8, form: Form, of: Classes, out: U8) -> None:
     np.concatenate([np.empty(0, np.uint8), *parts], out=out)
 
 
-def ungroup(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, out: U8) -> bool:
-    """Undo `group`: fill `out` from the planes of the differences, and the base.
+class Planed(NamedTuple):
+    """Differences by class, and what they are to be added to.
 
     Parameters
     ----------
     planes : sequence of ndarray of uint8 or None
         Of `plane_sizes` each.  None: all zeros.
-    base, form, of
-        As of `group`.
+    base : ndarray of uint8, shape (n * form.base_itemsize,)
+    form : Form
+    of : dict
+        As of `Grouped`.
     out : ndarray of uint8, shape (n * form.itemsize,)
+    """
+
+    planes: Sequence[U8 | None]
+    base: U8
+    form: Form
+    of: Classes
+    out: U8
+
+
+def ungroup_all(planed: Sequence[Planed]) -> list[bool]:
+    """Undo `group_all`: fill each `out` from the planes of the differences, and the base.
+
+    In their order, and all in one call: the base of one may be the `out` of another before it.
 
     Returns
     -------
-    bool
+    list of bool
         False if the first plane does not name exactly as many of each class; `out` is then of no use.
 
     Raises
     ------
     InvalidInputError
-        If sizes do not fit or `form` is out of range.
+        If sizes do not fit or a form is out of range.
     """
-    _check(out, base, form)
-    n = out.size // form.itemsize
-    _check_classes(of, n, form)
-    sizes = plane_sizes(of)
-    if len(planes) != len(sizes) or any(
-        p is not None and p.size != size for p, size in zip(planes, sizes, strict=True)
-    ):
-        raise InvalidInputError(f"difference: {len(planes)} planes do not give {of}")
+    for one in planed:
+        _check(one.out, one.base, one.form)
+        _check_classes(one.of, one.out.size // one.form.itemsize, one.form)
+        sizes = plane_sizes(one.of)
+        if len(one.planes) != len(sizes) or any(
+            p is not None and p.size != size for p, size in zip(one.planes, sizes, strict=True)
+        ):
+            raise InvalidInputError(f"difference: {len(one.planes)} planes do not give {one.of}")
     if _native is None:
-        return ungroup_ref(planes, base, form, of, out)
-    fits: bool = _native.delta_ungroup(
-        tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale, of
+        return [ungroup_ref(*one) for one in planed]
+    items = tuple(
+        (tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale, of)
+        for planes, base, form, of, out in planed
     )
+    fits: list[bool] = _native.delta_ungroup(items)
     return fits
 
 
 def ungroup_ref(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, out: U8) -> bool:
-    """The NumPy twin of `ungroup`."""
+    """The NumPy twin of `ungroup_all`, of one."""
     n = out.size // form.itemsize
     given = iter(planes)
     class_of = np.zeros(n, np.int64)
@@ -295,7 +354,7 @@ def take(data: U8, base: U8, form: Form, *, bitmap: bool, places: U8, packed: U8
     Parameters
     ----------
     data, base : ndarray of uint8
-        As of `split`.
+        As of `Pair`.
     form : Form
         Its scale must be 1.0.
     bitmap : bool
@@ -401,7 +460,7 @@ def cast(data: U8, number: int) -> U8:
     """
     wide, narrow = CAST_WIDTHS[number]
     out = np.empty(data.size // wide * narrow, np.uint8)
-    ungroup([], data, Form(narrow, INTEGER, number), {0: data.size // wide}, out)
+    ungroup_all([Planed([], data, Form(narrow, INTEGER, number), {0: data.size // wide}, out)])
     return out
 
 

@@ -1,4 +1,5 @@
-"""Arithmetic on byte buffers: chunk ends, byte planes, entropy; compiled where it can be, NumPy elsewhere.
+"""Arithmetic on byte buffers: chunk ends, byte planes, entropy, many buffers compared or moved in one call;
+compiled where it can be, NumPy elsewhere.
 
 Owns   the checks in front of `_kernels.c`, and each kernel's NumPy twin (`*_ref`): slower, equal bit for bit,
        and its specification.  ``DELTACKPT_KERNELS=numpy`` in the environment makes the twins answer.
@@ -11,7 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -372,7 +373,11 @@ def _check_join(planes: U8, itemsize: int, out: U8) -> None:
 # ---- entropy ----
 
 
-def entropy(data: U8, n_samples: int = 4096) -> float:
+#: Bytes of a sample: 4096 read noise as about 7.95 bits.
+N_SAMPLES = 4096
+
+
+def entropy(data: U8, n_samples: int = N_SAMPLES) -> float:
     """Bits per byte that an order-0 coder would need, judged by a sample: 8.0 is noise, 0.0 is one value.
 
     Parameters
@@ -405,12 +410,12 @@ def entropy(data: U8, n_samples: int = 4096) -> float:
     return entropies([data], n_samples)[0]
 
 
-def entropy_ref(data: U8, n_samples: int = 4096) -> float:
+def entropy_ref(data: U8, n_samples: int = N_SAMPLES) -> float:
     """The NumPy twin of `entropy`."""
     return entropies_ref([data], n_samples)[0]
 
 
-def entropies(planes: Sequence[U8], n_samples: int = 4096) -> list[float]:
+def entropies(planes: Sequence[U8], n_samples: int = N_SAMPLES) -> list[float]:
     """The `entropy` of each of several planes.
 
     Examples
@@ -421,19 +426,19 @@ def entropies(planes: Sequence[U8], n_samples: int = 4096) -> list[float]:
     _check_sample(planes, n_samples)
     if _native is None:
         return entropies_ref(planes, n_samples)
-    found: list[float] = _native.entropies(tuple(planes), _logs(_n_most(planes, n_samples)), n_samples)
+    found: list[float] = _native.entropies(tuple(planes), logs(_n_most(planes, n_samples)), n_samples)
     return found
 
 
-def entropies_ref(planes: Sequence[U8], n_samples: int = 4096) -> list[float]:
+def entropies_ref(planes: Sequence[U8], n_samples: int = N_SAMPLES) -> list[float]:
     """The NumPy twin of `entropies`."""
     _check_sample(planes, n_samples)
-    logs = _logs(_n_most(planes, n_samples))
+    table = logs(_n_most(planes, n_samples))
     found = []
     for plane in planes:
         step = max(1, (plane.size // n_samples - 1) | 1)
         sample = plane[::step][:n_samples]
-        rest = int(logs[sample.size] - logs[np.bincount(sample, minlength=256)].sum())
+        rest = int(table[sample.size] - table[np.bincount(sample, minlength=256)].sum())
         found.append(rest / (sample.size * 2.0**32) if sample.size else 0.0)
     return found
 
@@ -447,12 +452,85 @@ def _check_sample(planes: Sequence[U8], n_samples: int) -> None:
 
 def _n_most(planes: Sequence[U8], n_samples: int) -> int:
     """Return a number that no sample is larger than, the same for all that are small."""
-    return 4096 if n_samples <= 4096 else min(n_samples, max((plane.size for plane in planes), default=0))
+    return (
+        N_SAMPLES
+        if n_samples <= N_SAMPLES
+        else min(n_samples, max((plane.size for plane in planes), default=0))
+    )
 
 
 @lru_cache(maxsize=2)
-def _logs(n_most: int) -> I64:
-    """``c * log2(c)`` of counts up to `n_most`, in 2**-32."""
+def logs(n_most: int) -> I64:
+    """``c * log2(c)`` of counts up to `n_most`, in 2**-32: what the compiled kernels take entropies by."""
     counts = np.arange(n_most + 1)
-    logs: I64 = np.rint(counts * np.log2(np.maximum(counts, 1)) * 2.0**32).astype(np.int64)
-    return logs
+    table: I64 = np.rint(counts * np.log2(np.maximum(counts, 1)) * 2.0**32).astype(np.int64)
+    return table
+
+
+# ---- many buffers ----
+
+#: Bytes of any kind: arrays, and what codecs of other libraries return.
+Bytes: TypeAlias = Any
+
+
+class Move(NamedTuple):
+    """Bytes to be copied: those of `source` to `offset` in `out`."""
+
+    out: U8
+    offset: int
+    source: Bytes
+
+
+def are_equal(pairs: Sequence[tuple[Bytes, Bytes]]) -> list[bool]:
+    """Return which pairs of buffers are the same bytes, all compared in one call.
+
+    A thread that lets go of the interpreter's lock for each waits for it longer than comparing takes.
+
+    Examples
+    --------
+    >>> are_equal([(b"abc", np.frombuffer(b"abc", np.uint8)), (b"a", b"b"), (b"a", b"ab")])
+    [True, False, False]
+    """
+    if _native is None:
+        return are_equal_ref(pairs)
+    left, right = tuple(zip(*pairs, strict=True)) or ((), ())
+    found: list[bool] = _native.are_equal(left, right)
+    return found
+
+
+def are_equal_ref(pairs: Sequence[tuple[Bytes, Bytes]]) -> list[bool]:
+    """The NumPy twin of `are_equal`."""
+    return [bytes(a) == bytes(b) for a, b in pairs]
+
+
+def move(moves: Sequence[Move]) -> None:
+    """Copy bytes, one after another and all in one call; what is copied may overlap where it goes.
+
+    Raises
+    ------
+    InvalidInputError
+        If something does not fit where it is to go; what is before it may be copied by then.
+
+    Examples
+    --------
+    >>> out = np.array([1, 2, 3, 4], np.uint8)
+    >>> move([Move(out, 0, out[1:]), Move(out, 3, b"x")])
+    >>> out.tolist()
+    [2, 3, 4, 120]
+    """
+    if _native is None:
+        move_ref(moves)
+        return
+    try:
+        _native.move(tuple(moves))
+    except ValueError as e:
+        raise InvalidInputError(f"{e}") from e
+
+
+def move_ref(moves: Sequence[Move]) -> None:
+    """The NumPy twin of `move`."""
+    for out, offset, source in moves:
+        data = np.frombuffer(source, np.uint8)
+        if offset < 0 or offset + data.size > out.size:
+            raise InvalidInputError("move: what is moved does not fit where it is to go")
+        out[offset : offset + data.size] = data

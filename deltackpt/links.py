@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from deltackpt.backends import Backend, Buffer
 from deltackpt.chains import Bases
-from deltackpt.codecs import Packed, coder, join, raw, unpack
+from deltackpt.codecs import Job, Packed, join_all, raw, unpack
 from deltackpt.errors import CorruptError
 from deltackpt.format import RECORD_HEADER
 from deltackpt.pack import PackName, Record
@@ -120,15 +120,25 @@ class Reader:
         CorruptError, NotFoundError
             If a record is damaged, is another's, has no base, or is not there.
         """
-        data: U8 | None = None
+        before: U8 | None = None
         links = (link for one in wanted for link in self._chain(one, bases))
         n = 0
         for group in _groups(links):
             fetched = self._fetch(group)
+            jobs = []
             for link, packed, planes in zip(group, fetched, unpack(fetched), strict=True):
                 # Two by turns, since a link reads the one before it.
-                data = _decoded(link, packed, planes, data, _local.links[n % 2])
+                data = _local.links[n % 2].of(packed.size) if link.out is None else link.out
+                if not link.is_direct:
+                    base = link.base if link.base is not None or not link.row.depth else before
+                    jobs.append(Job(packed, planes, data, base))
+                before = data
                 n += 1
+            join_all(jobs)
+            for link in group:
+                # What is decoded for the next link alone is right if that one is.
+                if link.out is not None and blake3(link.out).digest() != link.row.id:
+                    raise CorruptError(f"{link.where}: decoded bytes do not give its id")
 
     def where(self, row: Row) -> str:
         """Say which record it is, for messages."""
@@ -220,18 +230,6 @@ def _groups(links: Iterable[_Link]) -> Iterator[_Group]:
         group_size += size
     if group:
         yield group
-
-
-def _decoded(
-    link: _Link, packed: Packed, planes: coder.Planes | None, before: U8 | None, scratch: Scratch
-) -> U8:
-    """Return a link's bytes, in its own place if it has one; checked if they are for somebody."""
-    data = scratch.of(packed.size) if link.out is None else link.out
-    if not link.is_direct:
-        join(packed, planes, data, link.base if link.base is not None or not link.row.depth else before)
-    if link.out is not None and blake3(data).digest() != link.row.id:
-        raise CorruptError(f"{link.where}: decoded bytes do not give its id")
-    return data
 
 
 class _Local(threading.local):

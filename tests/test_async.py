@@ -531,13 +531,13 @@ def test_a_pool_that_cannot_start_threads_calls_everything_once(monkeypatch):
     assert sorted(called) == list(range(8))
 
 
-@pytest.mark.parametrize("kernel", ["lengths", "group", "count_changed", "take"])
+@pytest.mark.parametrize("kernel", ["lengths_ref", "group_ref", "count_changed_ref", "group_all", "take"])
 def test_a_state_that_changes_while_it_is_compared_is_told_so(monkeypatch, kernel):
     n = 100_000
     old = weights(0, n)
     run = open_run(MemoryBackend())
     run.save({"w": old.copy()}, step=0)
-    w = old * np.float32(1.00001) if kernel in ("lengths", "group") else old.copy()
+    w = old * np.float32(1.00001) if kernel in ("lengths_ref", "group_ref") else old.copy()
     w[::10] += 1
     function = getattr(differences, kernel)
 
@@ -547,6 +547,8 @@ def test_a_state_that_changes_while_it_is_compared_is_told_so(monkeypatch, kerne
         return found
 
     with monkeypatch.context() as patch:
+        if kernel.endswith("_ref"):  # what C does in one call the twin does in steps
+            patch.setattr(differences, "_native", None)
         patch.setattr(differences, kernel, meanwhile)
         with pytest.raises(InvalidInputError, match="the state changed while it was saved"):
             run.save({"w": w}, step=1)

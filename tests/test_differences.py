@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from deltackpt import codecs, differences, kernels
 from deltackpt.codecs import DELTAS, WHOLE, Base, Chunk, Kind, Mode
-from deltackpt.differences import CAST_WIDTHS, INTEGER, RSUB, SUB, Form
+from deltackpt.differences import CAST_WIDTHS, INTEGER, RSUB, SUB, Form, Pair, Planed
 from deltackpt.errors import CorruptError, FormatError, InvalidInputError
 from deltackpt.types import U8
+
+needs_native = pytest.mark.skipif(not kernels.NATIVE, reason="no compiled kernels to be called")
 
 WIDTHS = (1, 2, 4, 8)
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 1e-45, -1e-40, 1e-38, 3.4e38, 65504, 65520, 5.9e-8]
@@ -158,18 +160,61 @@ def test_differences_take_the_bytes_of_their_class_and_its_digit(of, n_bytes, na
     base = rng.integers(0, 1 << 32, 960).astype("<u4")
     data = (base + ((stored >> 1) ^ (0 - (stored & 1)))).astype("<u4")
     data, base, form = data.view(np.uint8), base.view(np.uint8), Form(4, INTEGER)
-    assert differences.lengths(data, base, form) == of
+    assert differences.lengths_ref(data, base, form) == of
     found = differences.classes(of)
     sizes = differences.plane_sizes(found)
     assert sum(sizes) == n_bytes
     out, back = np.empty(n_bytes, np.uint8), np.empty_like(data)
-    differences.group(data, base, form, found, out)
-    planes = np.split(out, np.cumsum(sizes)[:-1])
-    assert differences.ungroup(planes if sizes else [], base, form, found, back)
+    [grouped] = differences.group_all([Pair(data, base, form, out)])
+    assert grouped.of == found
+    planes = np.split(out, np.cumsum(sizes)[:-1]) if sizes else []
+    assert (*grouped.bits, grouped.data_bits) == tuple(kernels.entropies([*planes, data]))
+    assert differences.ungroup_all([Planed(planes, base, form, found, back)]) == [True]
     assert (back == data).all()
     if len(found) > 1:  # another class for one element: then they are not as many as they say
+        good = [p.copy() for p in planes]
         planes[0][0] ^= 1
-        assert not differences.ungroup(planes, base, form, found, back)
+        both = [Planed(planes, base, form, found, back.copy()), Planed(good, base, form, found, back)]
+        assert differences.ungroup_all(both) == [False, True]
+    if n_bytes:
+        pairs = [Pair(data, base, form, out), Pair(data, base, form, out[:-1])]
+        with pytest.raises(InvalidInputError):
+            differences.group_all(pairs)
+
+
+def ungroup(planes, base, form, of, out):
+    return differences.ungroup_all([Planed(planes, base, form, of, out)])[0]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_few_changes_are_counted_and_not_grouped(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(differences, "_native", None)
+    base = np.arange(40_000, dtype=np.uint8)
+    data = base.copy()
+    data[3::100] += 1
+    out = np.full(50_000, 7, np.uint8)
+    form = Form(4, INTEGER)
+    few, most, never = differences.group_all([Pair(data, base, form, out, n) for n in (400, 399, -1)])
+    assert few == 400
+    assert most == never
+    assert most.of[0] == 9600
+    [found] = differences.group_all([Pair(base, base, form, out[:0], 0)])
+    assert found == 0
+
+
+@settings(deadline=None)
+@given(cases(), MODES, st.integers(-1, 3000))
+def test_c_and_numpy_group_alike(case: tuple[U8, Kind, Base], mode: Mode, n_few: int):
+    data, kind, base = case
+    data = data[: data.size // kind.itemsize * kind.itemsize]
+    old = codecs.dense.part(data, kind, base)
+    form = Form(kind.itemsize, mode.map or 0, base.cast, mode.scale)
+    c, twin = (np.zeros(codecs.room(data.size), np.uint8) for _ in "ab")
+    assert differences.group_all([Pair(data, old, form, c, n_few)]) == differences.group_all_ref(
+        [Pair(data, old, form, twin, n_few)]
+    )
+    assert (c == twin).all()
 
 
 def test_there_are_five_classes_at_most():
@@ -230,7 +275,7 @@ def test_no_scale_meets_a_denormal_or_infinity(width, native, monkeypatch):
     for scale in (float(np.nextafter(np.float32(2.0**-6), np.float32(1))), 1.9999999):
         form = Form(width, INTEGER, scale=float(np.float32(scale)))
         out = np.empty(bits.nbytes, np.uint8)
-        differences.ungroup([], bits.view(np.uint8), form, {0: exponents}, out)
+        ungroup([], bits.view(np.uint8), form, {0: exponents}, out)
         scaled = out.view(bits.dtype)
         stays = (np.arange(exponents) < 9) | (np.arange(exponents) >= exponents - 2)
         assert (scaled[stays] == bits[stays]).all()
@@ -252,7 +297,7 @@ def test_a_scale_is_a_multiplication_rounded_to_nearest(width, native, monkeypat
         out = np.empty(values.nbytes, np.uint8)
         by = np.float32(scale)
         form = Form(width, INTEGER, scale=float(by))
-        differences.ungroup([], values.view(np.uint8), form, {0: values.size}, out)
+        ungroup([], values.view(np.uint8), form, {0: values.size}, out)
         exact = values.astype(np.float32) * by if width == 2 else values * values.dtype.type(by)
         assert out.tobytes() == exact.astype(dtype).tobytes()
 
@@ -269,7 +314,7 @@ def test_no_rounding_mode_changes_a_scale(width):
         for mode in (0, 0x400, 0x800, 0xC00):  # to nearest, down, up, to zero
             out = np.empty_like(values)
             assert libm.fesetround(mode) == 0
-            differences.ungroup([], values, form, {0: 5000}, out)
+            ungroup([], values, form, {0: 5000}, out)
             outs.append(out.tobytes())
     finally:
         libm.fesetround(0)
@@ -371,7 +416,7 @@ def test_bytes_that_changed_here_and_there_cost_their_places_and_their_change():
 def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
     if not native:
         monkeypatch.setattr(differences, "_native", None)
-    eight, four = np.zeros(8, np.uint8), np.zeros(4, np.uint8)
+    eight, four, room = np.zeros(8, np.uint8), np.zeros(4, np.uint8), np.empty(40, np.uint8)
     far = np.array([0x345678, 5], "<u4").view(np.uint8)
     for form in (
         Form(3, SUB),
@@ -383,20 +428,17 @@ def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
         Form(4, SUB, scale=2.0**-6),
     ):
         with pytest.raises(InvalidInputError):
-            differences.lengths(eight, eight, form)
+            differences.group_all([Pair(eight, eight, form, room)])
     for call in (
-        lambda: differences.lengths(eight, four, Form(4, SUB)),
-        lambda: differences.group(eight, four, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
-        lambda: differences.group(eight, eight, Form(4, SUB), {4: 2}, np.empty(4, np.uint8)),
-        lambda: differences.group(eight, eight, Form(4, SUB), {0: 1, 4: 1}, np.empty(5, np.uint8)),
-        lambda: differences.group(eight, eight, Form(4, SUB), {4: 1, 0: 1}, np.empty(5, np.uint8)),
-        lambda: differences.group(far, eight, Form(4, INTEGER), {2: 2}, np.empty(4, np.uint8)),
-        lambda: differences.group(far, eight, Form(4, INTEGER), {0: 2}, np.empty(0, np.uint8)),
-        lambda: differences.group(eight, eight, Form(4, SUB), {5: 2}, np.empty(10, np.uint8)),
-        lambda: differences.ungroup([None] * 3, eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
-        lambda: differences.ungroup([None] * 3 + [eight], eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
-        lambda: differences.ungroup([None] * 4, eight, Form(4, SUB), {4: 1}, np.empty(8, np.uint8)),
-        lambda: differences.ungroup([], eight, Form(4, SUB), {}, np.empty(8, np.uint8)),
+        lambda: differences.group_all([Pair(eight, four, Form(4, SUB), room)]),
+        lambda: differences.group_all([Pair(eight, far, Form(4, SUB), four[:2])]),
+        lambda: differences.group_all([Pair(a, far, Form(4, INTEGER), room) for a in (eight, four)]),
+        lambda: ungroup([None] * 3, eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
+        lambda: ungroup([None] * 3 + [eight], eight, Form(4, SUB), {4: 2}, np.empty(8, np.uint8)),
+        lambda: ungroup([None] * 4, eight, Form(4, SUB), {4: 1}, np.empty(8, np.uint8)),
+        lambda: ungroup([], eight, Form(4, SUB), {}, np.empty(8, np.uint8)),
+        lambda: ungroup([], eight, Form(4, SUB), {5: 2}, np.empty(8, np.uint8)),
+        lambda: ungroup([None] * 5, eight, Form(4, SUB), {4: 1, 0: 1}, np.empty(8, np.uint8)),
         lambda: differences.count_changed(four, eight, Form(4, SUB)),
         lambda: differences.take(
             eight, eight, Form(4, SUB, scale=0.5), bitmap=True, places=eight.copy(), packed=four[:0]
@@ -410,3 +452,39 @@ def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
     ):
         with pytest.raises(InvalidInputError):
             call()
+
+
+@needs_native
+def test_a_batch_takes_as_many_native_calls_as_one_chunk(monkeypatch):
+    """Each lets go of the interpreter's lock and has to wait for it again."""
+    rng = np.random.default_rng(0)
+    old = (rng.standard_normal(8 * 16384) * 0.02).astype(np.float32)
+    new = (old * (1 + 1e-3 * rng.standard_normal(old.size))).astype(np.float32)
+    pairs = zip(np.split(new.view(np.uint8), 8), np.split(old.view(np.uint8), 8), strict=True)
+    chunks = [
+        Chunk(a, Kind(4, True), np.empty(codecs.room(a.size), np.uint8), Base(b), Mode(SUB)) for a, b in pairs
+    ]
+    native, called = kernels.native(), []
+
+    class Counted:
+        def __getattr__(self, name):
+            called.append(name)
+            return getattr(native, name)
+
+    monkeypatch.setattr(differences, "_native", Counted())
+    monkeypatch.setattr(kernels, "_native", Counted())
+    for n in (1, 8):
+        called.clear()
+        encoded = codecs.encode_all(chunks[:n])
+        assert {codec for codec, _ in encoded} == {codecs.dense.NUMBER}
+        assert called == ["delta_group", "are_equal", "move"]
+        called.clear()
+        packed = [
+            codecs.Packed(3, np.asarray(p), 4, c.data.size, "")
+            for c, (_, p) in zip(chunks, encoded, strict=False)
+        ]
+        outs = [np.empty_like(c.data) for c in chunks[:n]]
+        todo = zip(packed, codecs.unpack(packed), outs, chunks, strict=False)
+        codecs.join_all([codecs.Job(p, planes, out, c.base.data) for p, planes, out, c in todo])
+        assert all((out == c.data).all() for out, c in zip(outs, chunks, strict=False))
+        assert called == ["delta_ungroup"]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from deltackpt import kernels
 from deltackpt.errors import InvalidInputError
+from deltackpt.kernels import Move
 from deltackpt.types import U8
 
 needs_native = pytest.mark.skipif(
@@ -336,6 +337,38 @@ def test_entropy_needs_a_sample():
         kernels.entropy(np.zeros(8, np.uint8), 0)
 
 
+# ---- many buffers ----
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_buffers_are_equal_if_all_their_bytes_are(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels, "_native", None)
+    a = np.arange(100, dtype=np.uint8)
+    b = a.copy()
+    b[99] ^= 1
+    pairs = [(a, a.tobytes()), (a, b), (a[:99], memoryview(b)[:99]), (a, a[:99]), (b"", a[:0])]
+    assert kernels.are_equal(pairs) == [True, False, True, False, True]
+    assert kernels.are_equal([]) == []
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_moves_are_made_in_order_and_may_overlap(native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels, "_native", None)
+    room = np.arange(200, dtype=np.uint8)
+    expected = room.copy()
+    expected[10:190] = np.arange(20, 200)
+    expected[:3] = expected[50:53]
+    expected[190:] = np.frombuffer(b"0123456789", np.uint8)
+    moves = [Move(room, 10, room[20:]), Move(room, 0, room[50:53]), Move(room, 190, b"0123456789")]
+    kernels.move([*moves, Move(room, 200, b"")])
+    assert room.tolist() == expected.tolist()
+    for bad in (Move(room, 191, b"0123456789"), Move(room, -1, b"0"), Move(room[:2], 0, room)):
+        with pytest.raises(InvalidInputError, match="does not fit"):
+            kernels.move([bad])
+
+
 # ---- the compiled module by itself ----
 
 
@@ -357,6 +390,13 @@ def test_c_checks_its_bounds_itself():
         lambda: native.split_planes(data[:63], np.empty(63, np.uint8), 4, False),
         lambda: native.join_planes(data, data, 4, False),
         lambda: native.join_planes(data[:40], data[24:], 4, False),
+        lambda: native.move(((data, 1, data),)),
+        lambda: native.move(((data, sys.maxsize, data),)),
+        lambda: native.are_equal((data,), ()),
+        lambda: native.delta_group(((data, data, data, 4, 0, 0, 1.0, -1),), counts, 255),
+        lambda: native.delta_group(((data, data + 1, ends, 4, 0, 0, 1.0, -1),), counts, 255),
+        lambda: native.delta_group(((data, data, ends, 4, 0, 0, 1.0, -1),), counts, 256),
+        lambda: native.delta_group(((data, data, ends, 4, 0, 0, 1.0, -1),), counts, 0),
         lambda: native.entropies((data,), counts[:64], 64),
         lambda: native.entropies((data,), counts[:0], 64),
         lambda: native.entropies((data,), counts, 0),

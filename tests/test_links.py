@@ -1,5 +1,7 @@
 """Links: many records read and decoded together, each held to its row, its base and its id."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -10,7 +12,7 @@ from steps import floats, noise
 from deltackpt import codecs, links
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chains import as_ids
-from deltackpt.codecs import Base, Kind, Mode, Packed, coder
+from deltackpt.codecs import Base, Job, Kind, Mode, Packed, coder
 from deltackpt.errors import CorruptError, NotFoundError
 from deltackpt.format import RECORD_HEADER, ROW
 from deltackpt.links import Row, Wanted
@@ -182,10 +184,38 @@ def payloads(n):
 @pytest.mark.parametrize("n", [1, 9])
 def test_many_payloads_decode_as_each_alone(n):
     base, moved, packed = payloads(n)
-    out = np.empty(8000, np.uint8)
-    for array, one, planes in zip(moved * 2, packed, codecs.unpack(packed), strict=True):
-        codecs.join(one, planes, out, base.view("u1") if one.codec == 3 else None)
+    outs = [np.empty(8000, np.uint8) for _ in packed]
+    jobs = [
+        Job(one, planes, out, base.view("u1") if one.codec == 3 else None)
+        for one, planes, out in zip(packed, codecs.unpack(packed), outs, strict=True)
+    ]
+    codecs.join_all(jobs)
+    for array, out in zip(moved * 2, outs, strict=True):
         assert out.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("n_tail", [0, 3])
+def test_links_of_a_chain_are_joined_in_their_order_in_two_places_by_turns(n_tail):
+    rng = np.random.default_rng(0)
+    data = [rng.integers(0, 256, 8000 + n_tail, np.uint8)]
+    for _ in range(5):
+        data.append(data[-1].copy())
+        data[-1][: 8000 - 4000 * (n_tail > 0)].view("<u4")[:] += rng.integers(0, 9, 1, np.uint32)
+        data[-1][8000:] += 1
+    links = [
+        Packed(3, codecs.dense.encode(new, F4, Base(old), Mode(0)), 4, new.size, "here")
+        for old, new in pairwise(data)
+    ]
+    # The last is compared with all of the one before, its tail too: that must not be a later one's by then.
+    last = codecs.dense.encode(data[-1], F4, Base(data[-2], n_tail), Mode(0))
+    links[-1] = Packed(3, last, 4, data[0].size, "here")
+    places = [np.zeros(data[0].size, np.uint8) for _ in "ab"]
+    jobs, base = [], data[0]
+    for n, (link, planes) in enumerate(zip(links, codecs.unpack(links), strict=True)):
+        jobs.append(Job(link, planes, places[n % 2], base))
+        base = places[n % 2]
+    codecs.join_all(jobs)
+    assert base.tobytes() == data[-1].tobytes()
 
 
 @pytest.mark.parametrize("nth", [0, 7, 17])

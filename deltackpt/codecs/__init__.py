@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from deltackpt.codecs import coder, dense, encoder, lz4, planes, raw, sparse
 from deltackpt.codecs.chunk import WHOLE, Base, Chunk, Encoded, Kind, Mode
 from deltackpt.codecs.encoder import best_mode, encode, encode_all, room
-from deltackpt.differences import F32_BF16, F32_F16, F64_F32, cast
+from deltackpt.differences import F32_BF16, F32_F16, F64_F32, Planed, cast
 from deltackpt.errors import CorruptError, UnsupportedVersionError
 from deltackpt.types import U8
 
@@ -30,6 +30,7 @@ __all__ = [
     "Codec",
     "DeltaCodec",
     "Encoded",
+    "Job",
     "Kind",
     "Mode",
     "Packed",
@@ -41,7 +42,7 @@ __all__ = [
     "encode",
     "encode_all",
     "encoder",
-    "join",
+    "join_all",
     "lz4",
     "planes",
     "raw",
@@ -162,20 +163,61 @@ def _check(packed: Packed) -> None:
         raise CorruptError(f"{packed.where}: element size {packed.itemsize}, expected one of {ITEMSIZES}")
 
 
-def join(packed: Packed, unpacked: coder.Planes | None, out: U8, base: U8 | None = None) -> None:
-    """Fill `out` with a chunk's bytes, given what `unpack` returned, and as of `decode` the base."""
-    codec, payload, itemsize, _, where = packed
-    if (base is None) == (codec in DELTAS):
-        raise CorruptError(f"{where}: {NAMES[codec]} {'without' if base is None else 'with'} a base")
-    try:
-        if unpacked is None:
-            CODECS[codec].decode(payload, itemsize, out)
-        elif base is None:
-            planes.join(unpacked, itemsize, out)
-        else:
-            DELTAS[codec].join(unpacked, itemsize, out, base)
-    except CorruptError as e:
-        raise CorruptError(f"{where}: {NAMES[codec]}: {e.message}") from e
+class Job(NamedTuple):
+    """What is left of decoding a chunk.
+
+    Parameters
+    ----------
+    packed : Packed
+    planes : Planes or None
+        What `unpack` returned.
+    out, base : ndarray of uint8
+        As of `decode`.
+    """
+
+    packed: Packed
+    planes: coder.Planes | None
+    out: U8
+    base: U8 | None = None
+
+
+def join_all(jobs: Sequence[Job]) -> None:
+    """Fill the `out` of each, in their order: the base of one may be the `out` of another before it.
+
+    Dense deltas that follow each other are joined in one call: see `differences.ungroup_all`.
+
+    Raises
+    ------
+    CorruptError
+        If one does not fit its base, or does not decode to exactly `out.size` bytes; names it.
+    """
+    waiting: list[tuple[Job, Planed]] = []
+    for job in jobs:
+        codec, payload, itemsize, _, where = job.packed
+        if (job.base is None) == (codec in DELTAS):
+            raise CorruptError(f"{where}: {NAMES[codec]} {'without' if job.base is None else 'with'} a base")
+        # A tail is written here: by then nobody must be waiting to read what was there before.
+        if codec != dense.NUMBER or (job.planes is not None and job.planes.tail.size):
+            _ungroup(waiting)
+            waiting = []
+        try:
+            if job.planes is None:
+                CODECS[codec].decode(payload, itemsize, job.out)
+            elif job.base is None:
+                planes.join(job.planes, itemsize, job.out)
+            elif codec == dense.NUMBER:
+                waiting.append((job, dense.planed(job.planes, itemsize, job.out, job.base)))
+            else:
+                DELTAS[codec].join(job.planes, itemsize, job.out, job.base)
+        except CorruptError as e:
+            raise CorruptError(f"{where}: {NAMES[codec]}: {e.message}") from e
+    _ungroup(waiting)
+
+
+def _ungroup(waiting: list[tuple[Job, Planed]]) -> None:
+    for (job, _), wrong in zip(waiting, dense.ungroup_all([one for _, one in waiting]), strict=True):
+        if wrong:
+            raise CorruptError(f"{job.packed.where}: {dense.NAME}: {wrong}")
 
 
 def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str, base: U8 | None = None) -> None:
@@ -201,4 +243,4 @@ def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str, base: U8
         If the payload does not decode to exactly `out.size` bytes.
     """
     packed = Packed(codec, payload, itemsize, out.size, where)
-    join(packed, unpack([packed])[0], out, base)
+    join_all([Job(packed, unpack([packed])[0], out, base)])

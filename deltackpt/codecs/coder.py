@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 import zstandard
 
 from deltackpt import kernels
@@ -30,11 +29,14 @@ _PLANE = struct.Struct("<BI")
 #: Of differences of 4 to 8 bytes; the classes of bytes, eight to one, are 1/8 of the chunk more.
 _N_PLANES_MAX = 31
 _HEAD_SIZE_MAX = 40
+_BODY_OFFSET = _HEAD_SIZE_MAX + _N_PLANES_MAX * _PLANE.size
 #: The table of so many planes.
 _TABLES = [struct.Struct("<" + n * _PLANE.format[1:]) for n in range(_N_PLANES_MAX + 1)]
 
 #: Bits a byte above which a plane is noise: zstd would gain under 2.5 %.
 NOISE_BITS = 7.8
+#: The same of planes of so few bytes that the table of a frame is longer than what it would gain.
+_SMALL_NOISE_BITS = 7.0
 
 #: What a plane has for bits that is tried unseen.
 TRY = 4.0
@@ -76,7 +78,7 @@ class Split(NamedTuple):
     ----------
     head : bytes
     planes : list of ndarray of uint8
-        Views of `buffer`, one after another from where the payload has its planes (`body`).
+        Views of `buffer`, one after another from where `body` begins.
     bits : list of float
         Entropy of each plane, bits a byte.
     tail : ndarray of uint8
@@ -93,31 +95,45 @@ class Split(NamedTuple):
 
 def room(size: int) -> int:
     """Return how large a buffer the planes of a chunk of `size` bytes need, each plane raw."""
-    return _HEAD_SIZE_MAX + _N_PLANES_MAX * _PLANE.size + size + size // 8 + 8
+    return _BODY_OFFSET + size + size // 8 + 8
 
 
-def body(buffer: U8, head_size: int, n_planes: int) -> U8:
-    """Return the part of a buffer where the planes are to be."""
-    return buffer[head_size + n_planes * _PLANE.size :]
+def body(buffer: U8) -> U8:
+    """Return the part of a buffer where the planes are to be: behind room for what comes before them."""
+    return buffer[_BODY_OFFSET:]
 
 
-def judged(planes: U8, sizes: Sequence[int]) -> tuple[list[U8], list[float]]:
-    """Return planes that lie one after another, and the entropy of each, by a sample."""
-    ends = list(accumulate(sizes))
-    apart = [planes[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    return apart, kernels.entropies(apart)
+def is_noise(bits: float, size: int) -> bool:
+    """Return whether a plane is stored raw, untried, given its entropy by a sample.
+
+    Few bytes have few of a kind, whatever they are: 813 of noise read as 7.78 bits.  And the table of a frame
+    takes 64 bytes and more.
+
+    Examples
+    --------
+    >>> is_noise(7.9, 1 << 16), is_noise(7.78, 1 << 16), is_noise(7.78, 813), is_noise(3.0, 20)
+    (True, False, True, False)
+    """
+    return bits > min(NOISE_BITS, max(_SMALL_NOISE_BITS, 8.0 - 512.0 / max(1, size)))
+
+
+def apart(planes: U8, sizes: Sequence[int]) -> list[U8]:
+    """Return planes that lie one after another."""
+    return [planes[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def expected_size(split: Split) -> float:
     """Return about how large the payload will be."""
-    sizes = [p.size * (8.0 if b > NOISE_BITS else b) for p, b in zip(split.planes, split.bits, strict=True)]
+    sizes = [
+        p.size * (8.0 if is_noise(b, p.size) else b) for p, b in zip(split.planes, split.bits, strict=True)
+    ]
     return sum(sizes) / 8 + len(split.head) + split.tail.size
 
 
 def stored_size(split: Split) -> int:
     """Return how large the payload will be; no frame is decoded again, since nobody relies on it."""
     coded = _to_code(split)
-    raw = (p.size for k, p in enumerate(split.planes) if k not in coded and split.bits[k] > NOISE_BITS)
+    raw = (p.size for k, p in enumerate(split.planes) if is_noise(split.bits[k], p.size))
     size = len(split.head) + len(split.planes) * _PLANE.size + sum(raw) + split.tail.size
     if coded:
         frames: Any = _local.compressor.multi_compress_to_buffer([plane.data for plane in coded.values()])
@@ -128,25 +144,30 @@ def stored_size(split: Split) -> int:
 def encode_all(splits: Sequence[Split]) -> list[U8]:
     """Return the payloads, each in its buffer.
 
-    All planes go to zstd in one call: a thread that lets go of the interpreter's lock and takes it again for
-    every plane gains nothing from a second core.
+    What is done is done to all planes in one call: a thread that lets go of the interpreter's lock and
+    takes it again for every plane gains nothing from a second core.
     """
     coded = [_to_code(split) for split in splits]
     frames = iter(_compress([plane for planes in coded for plane in planes.values()]))
-    return [
-        _assemble(split, {k: next(frames) for k in planes})
+    moves: list[kernels.Move] = []
+    payloads = [
+        _assemble(split, {k: next(frames) for k in planes}, moves)
         for split, planes in zip(splits, coded, strict=True)
     ]
+    kernels.move(moves)
+    return payloads
 
 
 def _to_code(split: Split) -> dict[int, U8]:
     """Return the planes worth trying zstd on: neither noise nor all zero."""
-    planes = {k: p for k, (p, b) in enumerate(zip(split.planes, split.bits, strict=True)) if b <= NOISE_BITS}
+    planes = {
+        k: p for k, (p, b) in enumerate(zip(split.planes, split.bits, strict=True)) if not is_noise(b, p.size)
+    }
     # A sample that is all alike may miss what is not; nobody has looked at what is tried unseen.
     return {k: plane for k, plane in planes.items() if 0.0 < split.bits[k] != TRY or plane.any()}
 
 
-def _compress(planes: list[U8]) -> list[U8 | None]:
+def _compress(planes: list[U8]) -> list[Any]:
     """Return a zstd frame for each plane; None where it does not pay, or does not give the plane back.
 
     Every frame is decoded before anybody relies on it: a zstd release once corrupted backups (restic #4523).
@@ -159,40 +180,35 @@ def _compress(planes: list[U8]) -> list[U8 | None]:
     except (zstandard.ZstdError, ValueError) as e:
         log.error("zstd cannot decode its own frames, planes are stored raw: %s", e)
         return [None] * len(planes)
-    result: list[U8 | None] = []
-    for plane, frame, decoded in zip(planes, frames, back, strict=True):
-        # Digests, since they cost a quarter of numpy.array_equal, which makes an array of answers.
-        if xxhash.xxh3_128_digest(decoded) != xxhash.xxh3_128_digest(plane):
-            log.error("zstd gives other bytes back, the plane is stored raw")
-            result.append(None)
-        else:
-            result.append(np.frombuffer(frame, np.uint8) if len(frame) < plane.size else None)
-    return result
+    same = kernels.are_equal(list(zip(back, planes, strict=True)))
+    if not all(same):
+        log.error("zstd gives other bytes back, planes are stored raw")
+    return [
+        frame if is_same and len(frame) < plane.size else None
+        for frame, plane, is_same in zip(frames, planes, same, strict=True)
+    ]
 
 
-def _assemble(split: Split, frames: dict[int, U8 | None]) -> U8:
-    """Write head, table and planes into the buffer, where the planes stand already."""
+def _assemble(split: Split, frames: dict[int, Any], moves: list[kernels.Move]) -> U8:
+    """Return where the payload will be once `moves` are made: head, table, and the planes moved up to them.
+
+    No plane goes later than it stands, so none is written over before it is moved.
+    """
     buffer = split.buffer
-    table = len(split.head)
-    start = at = end = table + len(split.planes) * _PLANE.size
-    buffer[:table] = np.frombuffer(split.head, np.uint8)
+    end = len(split.head) + len(split.planes) * _PLANE.size
+    table: list[int] = []
+    moves.append(kernels.Move(buffer, 0, b""))
+    first = len(moves) - 1
     for k, plane in enumerate(split.planes):
-        frame = frames.get(k)
-        if frame is not None:
-            code, size = ZSTD, frame.size
-            buffer[end : end + size] = frame
-        elif k in frames or split.bits[k] > NOISE_BITS:
-            code, size = RAW, plane.size
-            if end != at:
-                # Never later than it stands, and NumPy minds the overlap.
-                buffer[end : end + size] = buffer[at : at + size]
-        else:
-            code, size = ZERO, 0
-        _PLANE.pack_into(buffer.data, table + k * _PLANE.size, code, size)
-        at += plane.size
-        end += size
-    assert at == start + sum(plane.size for plane in split.planes)
-    buffer[end : end + split.tail.size] = split.tail
+        data, code = frames.get(k), ZSTD
+        if data is None:
+            code = RAW if k in frames or is_noise(split.bits[k], plane.size) else ZERO
+            data = plane if code == RAW else b""
+        moves.append(kernels.Move(buffer, end, data))
+        table += code, len(data)
+        end += len(data)
+    moves.append(kernels.Move(buffer, end, split.tail))
+    moves[first] = kernels.Move(buffer, 0, split.head + _TABLES[len(split.planes)].pack(*table))
     return buffer[: end + split.tail.size]
 
 

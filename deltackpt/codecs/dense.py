@@ -11,12 +11,14 @@ its own entropy and a bit for each of all, which is less than a plane of bytes t
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from deltackpt import differences
 from deltackpt.codecs import coder
-from deltackpt.codecs.chunk import Base, Kind, Mode
+from deltackpt.codecs.chunk import Base, Chunk, Kind, Mode
 from deltackpt.differences import N_CLASSES_MAX, Form
 from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.types import U8
@@ -27,6 +29,13 @@ NAME = "delta-dense"
 _HEAD = struct.Struct("<BBBBIfHH")
 
 
+class Differences(NamedTuple):
+    """The differences of a chunk, and the entropy of its own bytes: if low it may be smaller without."""
+
+    split: coder.Split
+    data_bits: float
+
+
 def part(data: U8, kind: Kind, base: Base) -> U8 | None:
     """Return the part of the base that a chunk is compared with; None if it is too short."""
     form = Form(kind.itemsize, 0, base.cast)
@@ -34,29 +43,51 @@ def part(data: U8, kind: Kind, base: Base) -> U8 | None:
     return base.data[base.offset : base.offset + size] if base.offset + size <= base.data.size else None
 
 
-def split(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> coder.Split:
-    """Split the differences into `buffer`."""
-    itemsize = kind.itemsize
-    whole = data.size // itemsize * itemsize
-    form = Form(itemsize, mode.map or 0, base.cast, mode.scale)
-    compared = part(data, kind, base)
-    if compared is None:
-        raise InvalidInputError(f"base has {base.data.size} bytes, a chunk of {data.size} at {base.offset}")
-    of = differences.classes(differences.lengths(data[:whole], compared, form))
+def split_all(chunks: Sequence[Chunk], share_few: float = -1.0) -> list[Differences | int]:
+    """Split the differences of each chunk to its base, in its mode, into its buffer.
+
+    Returns
+    -------
+    list of Differences or int
+        How many elements changed, where they are at most the share `share_few` of all.
+    """
+    pairs = []
+    for data, kind, buffer, base, mode in chunks:
+        if base is None or (old := part(data, kind, base)) is None:
+            raise InvalidInputError(f"a chunk of {data.size} bytes does not fit its base {base}")
+        n = data.size // kind.itemsize
+        form = Form(kind.itemsize, (mode and mode.map) or 0, base.cast, mode.scale if mode else 1.0)
+        new = data[: n * kind.itemsize]
+        n_few = int(share_few * n) if share_few >= 0 else -1
+        pairs.append(differences.Pair(new, old, form, coder.body(buffer), n_few))
+    return [
+        found if isinstance(found, int) else _split(chunk, pair, found)
+        for chunk, pair, found in zip(chunks, pairs, differences.group_all(pairs), strict=True)
+    ]
+
+
+def _split(chunk: Chunk, pair: differences.Pair, grouped: differences.Grouped) -> Differences:
+    of, form = grouped.of, pair.form
+    tail = chunk.data[pair.data.size :]
     head = _HEAD.pack(
         form.map,
         form.cast,
-        itemsize,
-        data.size - whole,
-        base.offset,
+        form.itemsize,
+        tail.size,
+        chunk.base.offset if chunk.base is not None else 0,
         form.scale,
         sum(1 << length for length in of),
         0,
     ) + struct.pack(f"<{len(of)}I", *of.values())
-    sizes = differences.plane_sizes(of)
-    out = coder.body(buffer, len(head), len(sizes))[: sum(sizes)]
-    differences.group(data[:whole], compared, form, of, out)
-    return coder.Split(head, *coder.judged(out, sizes), data[whole:], buffer)
+    planes = coder.apart(pair.out, differences.plane_sizes(of))
+    return Differences(coder.Split(head, planes, grouped.bits, tail, chunk.buffer), grouped.data_bits)
+
+
+def split(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> coder.Split:
+    """Split the differences of one chunk."""
+    [found] = split_all([Chunk(data, kind, buffer, base, mode)])
+    assert not isinstance(found, int)
+    return found.split
 
 
 def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
@@ -87,14 +118,28 @@ def table(payload: U8, itemsize: int, size: int) -> coder.Table:
     return coder.Table((form, offset, of), head_size, differences.plane_sizes(of), n_tail)
 
 
+def planed(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> differences.Planed:
+    """Return what is left to be done, by `differences.ungroup_all`, to fill `out`."""
+    form, offset, of = coded.head
+    n = out.size // itemsize
+    old = compared(base, offset, n, form)
+    out[n * itemsize :] = coded.tail
+    return differences.Planed(coded.planes, old, form, of, out[: n * itemsize])
+
+
+def ungroup_all(planed: Sequence[differences.Planed]) -> list[str | None]:
+    """Do that for many, in their order, and return what is wrong with each."""
+    return [
+        None if fits else f"the classes of {one.out.size // one.form.itemsize} elements are not {one.of}"
+        for one, fits in zip(planed, differences.ungroup_all(planed), strict=True)
+    ]
+
+
 def join(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> None:
     """Fill `out` from a payload's planes and the base chunk's bytes."""
-    form, offset, of = coded.head
-    whole = out.size // itemsize * itemsize
-    old = compared(base, offset, whole // itemsize, form)
-    if not differences.ungroup(coded.planes, old, form, of, out[:whole]):
-        raise CorruptError(f"the classes of {whole // itemsize} elements are not {of}")
-    out[whole:] = coded.tail
+    [wrong] = ungroup_all([planed(coded, itemsize, out, base)])
+    if wrong:
+        raise CorruptError(wrong)
 
 
 def checked(form: Form) -> Form:

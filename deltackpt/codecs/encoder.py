@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltackpt import differences, kernels
+from deltackpt import differences
 from deltackpt.codecs import coder, dense, lz4, planes, raw, sparse
-from deltackpt.codecs.chunk import WHOLE, Base, Chunk, Encoded, Kind, Mode
+from deltackpt.codecs.chunk import WHOLE, Chunk, Encoded, Kind, Mode
 from deltackpt.types import U8
 
 #: Saving less than this share is not worth the decoding.
@@ -33,10 +33,11 @@ room = coder.room
 
 
 class _Attempt(NamedTuple):
-    """A chunk split as one codec has it."""
+    """A chunk split as one codec has it; of a dense delta also the entropy of the chunk's own bytes."""
 
     codec: int
     split: coder.Split
+    data_bits: float = 8.0
 
 
 def encode(data: U8, kind: Kind) -> Encoded:
@@ -55,7 +56,7 @@ def encode_all(chunks: Sequence[Chunk]) -> list[Encoded]:
 
     A delta is used where it is smaller than the chunk stored whole, as far as the mode tells.
     """
-    attempts = [_attempt(chunk) for chunk in chunks]
+    attempts = _attempts(chunks)
     payloads = iter(coder.encode_all([a.split for a in attempts if isinstance(a, _Attempt)]))
     encoded = []
     for chunk, attempt in zip(chunks, attempts, strict=True):
@@ -72,19 +73,38 @@ def encode_all(chunks: Sequence[Chunk]) -> list[Encoded]:
     return encoded
 
 
-def _attempt(chunk: Chunk) -> _Attempt | Encoded:
-    """Split a chunk for the codec that should pay most, or encode it if that takes no planes."""
-    data, kind, buffer, base, mode = chunk
-    if base is not None and dense.part(data, kind, base) is not None:
-        mode = mode or best_mode(chunk)
-        if mode.map is not None:
-            attempt = _delta(data, kind, base, mode, buffer)
-            if attempt.codec == sparse.NUMBER or kernels.entropy(data) > _PLAIN_BITS:
-                return attempt
-            # Nearly constant, whatever the rest of its tensor is: then it may be smallest by itself.
-            expected = coder.expected_size(attempt.split)
-            if expected <= coder.expected_size(planes.split(data, kind, buffer)):
-                return _delta(data, kind, base, mode, buffer)
+def _attempts(chunks: Sequence[Chunk]) -> list[_Attempt | Encoded]:
+    """Split each chunk for the codec that should pay most, or encode it if that takes no planes."""
+    deltas: dict[int, Chunk] = {}
+    for n, chunk in enumerate(chunks):
+        if chunk.base is not None and dense.part(chunk.data, chunk.kind, chunk.base) is not None:
+            mode = chunk.mode or best_mode(chunk)
+            if mode.map is not None:
+                deltas[n] = chunk._replace(mode=mode)
+    found: dict[int, _Attempt] = {}
+    for (n, chunk), attempt in zip(deltas.items(), _deltas(list(deltas.values())), strict=True):
+        if attempt.data_bits > _PLAIN_BITS:
+            found[n] = attempt
+        # Nearly constant, whatever the rest of its tensor is: then it may be smallest by itself.
+        elif coder.expected_size(attempt.split) <= coder.expected_size(
+            planes.split(chunk.data, chunk.kind, chunk.buffer)
+        ):
+            [found[n]] = _deltas([chunk])  # again: the other way of storing it is in its buffer
+    return [found.get(n) or _whole(chunk) for n, chunk in enumerate(chunks)]
+
+
+def _deltas(chunks: Sequence[Chunk]) -> list[_Attempt]:
+    """Split chunks, each against its base and in its mode."""
+    return [
+        _Attempt(dense.NUMBER, found.split, found.data_bits)
+        if isinstance(found, dense.Differences)
+        else _Attempt(sparse.NUMBER, sparse.split(chunk, found))
+        for chunk, found in zip(chunks, dense.split_all(chunks, sparse.SHARE_MAX), strict=True)
+    ]
+
+
+def _whole(chunk: Chunk) -> _Attempt | Encoded:
+    data, kind, buffer, *_ = chunk
     split = planes.split(data, kind, buffer)
     number = choose(data, kind, split)
     if number == planes.NUMBER:
@@ -95,13 +115,6 @@ def _attempt(chunk: Chunk) -> _Attempt | Encoded:
     return Encoded(number, payload)
 
 
-def _delta(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> _Attempt:
-    changed = sparse.n_changed(data, kind, base)
-    if changed is not None and changed <= sparse.SHARE_MAX * (data.size // kind.itemsize):
-        return _Attempt(sparse.NUMBER, sparse.split(data, kind, base, mode, changed, buffer))
-    return _Attempt(dense.NUMBER, dense.split(data, kind, base, mode, buffer))
-
-
 def best_mode(chunk: Chunk) -> Mode:
     """Return how a chunk, and others of its tensor, are best stored, by trying each way on it.
 
@@ -110,14 +123,13 @@ def best_mode(chunk: Chunk) -> Mode:
     chunk : Chunk
         With a base; its mode does not matter.
     """
-    data, kind, buffer, base, _ = chunk
+    data, kind, _, base, _ = chunk
     if base is None or dense.part(data, kind, base) is None:
         return WHOLE
     piece = chunk._replace(data=data[:_TRY_SIZE])
     modes = _modes(piece)
     whole = len(encode_all([piece._replace(base=None)])[0].payload)
-    splits = (_delta(piece.data, kind, base, mode, buffer).split for mode in modes)
-    sizes = [coder.stored_size(split) for split in splits]
+    sizes = [coder.stored_size(_deltas([piece._replace(mode=mode)])[0].split) for mode in modes]
     least = min(sizes)
     return modes[sizes.index(least)] if least <= (1 - _GAIN_MIN) * whole else WHOLE
 

@@ -43,10 +43,11 @@ def split(data: U8, kind: Kind, buffer: U8) -> coder.Split:
     """Split a chunk into `buffer`, and judge each plane by the entropy of a sample."""
     itemsize = kind.itemsize
     whole = data.size // itemsize * itemsize
-    out = coder.body(buffer, _HEAD.size, itemsize)[:whole]
+    out = coder.body(buffer)[:whole]
     kernels.split_planes(data[:whole], itemsize, kind.is_float, out)
     head = _HEAD.pack(kind.is_float, itemsize, data.size - whole, 0)
-    return coder.Split(head, *coder.judged(out, [whole // itemsize] * itemsize), data[whole:], buffer)
+    planes = coder.apart(out, [whole // itemsize] * itemsize)
+    return coder.Split(head, planes, kernels.entropies(planes), data[whole:], buffer)
 
 
 def has_noise(planes: coder.Split) -> bool:

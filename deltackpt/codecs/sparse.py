@@ -16,7 +16,7 @@ import numpy as np
 
 from deltackpt import differences, kernels
 from deltackpt.codecs import coder
-from deltackpt.codecs.chunk import Base, Kind, Mode
+from deltackpt.codecs.chunk import Base, Chunk, Kind, Mode
 from deltackpt.codecs.dense import checked, compared, part
 from deltackpt.differences import Form
 from deltackpt.errors import CorruptError, InvalidInputError
@@ -54,15 +54,14 @@ def n_changed(data: U8, kind: Kind, base: Base) -> int | None:
     return differences.count_changed(data[:whole], old, Form(kind.itemsize, 0, base.cast))
 
 
-def split(data: U8, kind: Kind, base: Base, mode: Mode, n_changed: int, buffer: U8) -> coder.Split:
-    """Split places and differences into `buffer`, given how many elements changed: at most half of them."""
-    itemsize = kind.itemsize
+def split(chunk: Chunk, n_changed: int) -> coder.Split:
+    """Split places and differences into the chunk's buffer, given how many elements changed: at most half."""
+    data, (itemsize, _), buffer, base, mode = chunk
     n = data.size // itemsize
     whole = n * itemsize
-    form = Form(itemsize, mode.map or 0, base.cast)
-    old = part(data, kind, base)
-    if old is None:
-        raise InvalidInputError(f"base has {base.data.size} bytes, a chunk of {data.size} at {base.offset}")
+    if base is None or (old := part(data, chunk.kind, base)) is None:
+        raise InvalidInputError(f"a chunk of {data.size} bytes does not fit its base {base}")
+    form = Form(itemsize, (mode and mode.map) or 0, base.cast)
     bitmap = n_changed > _BITMAP_SHARE * n
     places = _local.places.of((n + 7) // 8 if bitmap else n_changed + n // 255)
     packed = _local.packed.of(n_changed * itemsize)
@@ -71,20 +70,22 @@ def split(data: U8, kind: Kind, base: Base, mode: Mode, n_changed: int, buffer: 
     head = _HEAD.pack(map_, base.cast, itemsize, data.size - whole, base.offset, n_changed, size)
     if not n_changed:
         return coder.Split(head, [], [], data[whole:], buffer)
-    out = coder.body(buffer, _HEAD.size, 1 + itemsize)
+    out = coder.body(buffer)
     out[:size] = places[:size]
     planes = out[size : size + packed.size]
     kernels.split_planes(packed, itemsize, False, planes)
-    parts, bits = coder.judged(planes, [n_changed] * itemsize)
+    parts = coder.apart(planes, [n_changed] * itemsize)
     # The places are runs or gaps, never noise: zstd tells what they take.
-    return coder.Split(head, [out[:size], *parts], [coder.TRY, *bits], data[whole:], buffer)
+    return coder.Split(
+        head, [out[:size], *parts], [coder.TRY, *kernels.entropies(parts)], data[whole:], buffer
+    )
 
 
 def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
     """Return the payload; for as many changes as there are."""
     changed = n_changed(data, kind, base) or 0
     buffer = np.empty(coder.room(2 * data.size + 8), np.uint8)
-    return coder.encode_all([split(data, kind, base, mode, changed, buffer)])[0]
+    return coder.encode_all([split(Chunk(data, kind, buffer, base, mode), changed)])[0]
 
 
 def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:

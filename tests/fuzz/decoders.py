@@ -175,10 +175,11 @@ def loop(seconds: float, seed: int) -> None:
         ends = np.empty(8 * int(rng.integers(1, 1 + data.size // 64 + 1)), np.uint8)
         align, cut_at = int(rng.choice([2, 4, 8])), int(rng.choice([0, 1 << 30, (1 << 32) - 1]))
         scaled = form._replace(scale=scale)
-        of = differences.classes(differences.lengths(data, base, scaled))
+        room = np.empty(data.size + data.size // 8 + 8, np.uint8)
+        [found] = differences.group_all([differences.Pair(data, base, scaled, room)])
+        of = found.of
         sizes = differences.plane_sizes(of)
-        grouped = np.empty(sum(sizes), np.uint8)
-        differences.group(data, base, scaled, of, grouped)
+        grouped = room[: sum(sizes)].copy()
         planes = np.split(grouped, np.cumsum(sizes)[:-1]) if sizes else []
         wrong = {k + int(rng.integers(-1, 2)): v + int(rng.integers(-1, 2)) for k, v in of.items()}
 
@@ -193,31 +194,39 @@ def loop(seconds: float, seed: int) -> None:
 
         out = np.empty(n * width, np.uint8)
         calls = [
-            lambda: native.delta_lengths(
-                off(data),
-                off(base),
-                np.empty(width + int(rng.integers(3)), np.int64),
-                width,
-                map_,
-                cast,
-                scale,
-            ),
-            lambda: native.delta_group(off(data), off(base), off(grouped), width, map_, cast, scale, of),
-            lambda: native.delta_ungroup(
-                tuple(map(off, planes)), off(base), off(out), width, map_, cast, scale, of
+            lambda: native.delta_group(
+                tuple(
+                    (off(data), off(base), off(grouped), width, map_, cast, scale, few)
+                    for few in rng.integers(-2, n + 2, rng.integers(4)).tolist()
+                ),
+                kernels.logs(300),
+                int(rng.integers(-1, 302)),
             ),
             lambda: native.delta_ungroup(
-                tuple(map(hostile, planes)), base, off(out), width, map_, cast, scale, of
+                tuple(
+                    (tuple(map(off, planes)), off(base), off(out), width, map_, cast, scale, of)
+                    for _ in range(rng.integers(4))
+                )
             ),
             lambda: native.delta_ungroup(
-                (hostile(planes[0]) if planes else None, *planes[1:]),
-                base,
-                out,
-                width,
-                map_,
-                cast,
-                scale,
-                of,
+                (
+                    (tuple(planes), base, out, width, map_, cast, scale, of),
+                    (tuple(map(hostile, planes)), base, off(out), width, map_, cast, scale, of),
+                )
+            ),
+            lambda: native.delta_ungroup(
+                (
+                    (
+                        (hostile(planes[0]) if planes else None, *planes[1:]),
+                        base,
+                        out,
+                        width,
+                        map_,
+                        cast,
+                        scale,
+                        of,
+                    ),
+                )
             ),
             lambda: native.count_changed(off(data), off(base), width, cast),
             lambda: native.sparse_take(
@@ -234,10 +243,13 @@ def loop(seconds: float, seed: int) -> None:
             lambda: native.entropies((data, base, data[:0]), logs, n_samples),
             lambda: native.cut(off(data), off(ends), align, 64, 128, cut_at),
             # Numbers that no caller may give.
-            lambda: native.delta_group(data, base, grouped, width, map_, cast, scale, wrong),
-            lambda: native.delta_ungroup(tuple(planes), base, out, width, map_, cast, scale, wrong),
-            lambda: native.delta_group(data, base, out, int(rng.integers(-1, 10)), map_, 9 - cast, scale, of),
-            lambda: native.delta_ungroup((None,) * 40, base, out, width, map_, cast, scale, {8: n}),
+            lambda: native.move(((off(data), int(rng.integers(-1, 10)), off(data)), (data, 1, data[1:]))),
+            lambda: native.are_equal((off(data), base), (off(data), off(base))),
+            lambda: native.delta_ungroup(((tuple(planes), base, out, width, map_, cast, scale, wrong),)),
+            lambda: native.delta_group(
+                ((data, base, out, int(rng.integers(-1, 10)), map_, 9 - cast, scale, -1),), kernels.logs(9), 9
+            ),
+            lambda: native.delta_ungroup((((None,) * 40, base, out, width, map_, cast, scale, {8: n}),)),
             lambda: native.sparse_put(base, out, places, packed, width, int(rng.integers(-2, 6)), -1, bitmap),
             lambda: native.entropies((data,), logs[:1], sys.maxsize),
         ]

@@ -1,6 +1,6 @@
 """What a save and a load cost, against torch.save and safetensors in the same run, on real training states.
 
-    python bench/spine.py [--size-mib 1024] [--repeats 5] [--dir DIR] [--json]
+    python bench/spine.py [--size-mib 1024] [--repeats 5] [--dir DIR] [--json FILE] [--markdown FILE]
 
 Two states, both made by really training: an adapter on a frozen base of about --size-mib, and a full
 fine-tune with AdamW of a quarter of that.  Times are medians, and ratios are of medians of runs that took
@@ -9,18 +9,17 @@ turns on the same disk.  Machines are noisy: look at the ratios.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import options as bench
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,7 +35,7 @@ class Model(nn.Module):
 
     def __init__(self, size: int, adapter: bool):
         super().__init__()
-        width = 1024
+        width = 1024 if size > 1 << 20 else 128  # small enough for a test
         depth = max(1, round(size / 4 / (8 * width * width)))
         self.embed = nn.Embedding(256, width)
         self.mix = nn.GRU(width, width // 8, batch_first=True)
@@ -270,17 +269,9 @@ def measure_import(repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size-mib", type=int, default=1024, help="size of the frozen base")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where to write; default a temporary directory here")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = bench.parser(__doc__, size_mib=1024, repeats=5).parse_args()
     size, repeats = options.size_mib << 20, options.repeats
-    with tempfile.TemporaryDirectory(dir=options.dir or Path.cwd(), prefix="bench-") as name:
-        at = Path(name)
+    with bench.folder(options) as at:
         results = {"import": measure_import(repeats), "small unchanged": measure_small(at)}
         results["memory"] = measure_memory(at, size)
         trainer = Trainer(size, adapter=True)
@@ -294,15 +285,14 @@ def main() -> None:
             trainer.step()
         results["first save, fine-tune"] = measure_first("tuned", trainer.state(), at, min(3, repeats))
         results["later save, fine-tune"] = measure_dense(trainer, at, repeats)
-    if options.json:
-        print(json.dumps(results, indent=1))
-        return
-    for title, figures in results.items():
-        print(title)
-        for key, value in figures.items():
-            text = human_size(int(value)) if key.endswith("_size") else f"{value:.4g}"
-            print(f"  {key:26} {text}")
-    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    tables = [bench.Table(title, ("", ">"), list(texts(figures))) for title, figures in results.items()]
+    peak_size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    bench.show(options, results, tables, [f"peak memory of this process: {human_size(peak_size)}"])
+
+
+def texts(figures: dict[str, float]) -> Iterator[tuple[str, str]]:
+    for key, value in figures.items():
+        yield key, human_size(int(value)) if key.endswith("_size") else f"{value:.4g}"
 
 
 if __name__ == "__main__":

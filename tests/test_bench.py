@@ -326,21 +326,158 @@ def test_one_row_is_read_with_a_fraction_of_the_state(at: Path):
     assert names["wanted_size"] < names["read_size"] < names["whole_read_size"] / 10
 
 
-def test_joules_are_told_of_each_regime_against_torch_save(tmp_path):
-    found = json.loads(run_bench("joules.py", "--size-mib", 1, "--repeats", 1, "--dir", tmp_path, "--json"))
-    assert len(found) == 4
-    for figures in found.values():
-        assert figures["joules"] > 0 < figures["torch_save_joules"]
-        assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
-        assert figures["method"].startswith(("measured: ", "estimated: "))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.usefixtures("bench")
+def test_saves_and_restores_are_told_of_each_tool_in_each_regime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import saves
+    import slowdown
+
+    class Broken(saves.SAVERS["torch.save + fsync"]):
+        name = "broken"
+
+        def restores(self, step, into):
+            raise OSError("the disk is gone")
+
+    tools = ["Run.save", "Run.save_async", "torch.save + fsync", "save_file + fsync", "dcp.async_save"]
+    monkeypatch.setattr(slowdown, "QUIET_S", 0.05)
+    monkeypatch.setattr(slowdown, "NOTHING_S", 0.1)
+    monkeypatch.setitem(saves.SAVERS, "broken", Broken)
+    monkeypatch.setattr(saves.SAVERS["Orbax"], "is_installed", lambda: False)
+    arguments = ["--size-mib", 1, "--repeats", 1, "--dir", tmp_path / "at", "--json", tmp_path / "found.json"]
+    arguments += ["--markdown", tmp_path / "found.md", "--tools", *tools, "broken", "Orbax"]
+    (tmp_path / "at").mkdir()
+    monkeypatch.setattr(sys, "argv", ["saves.py", *map(str, arguments)])
+    monkeypatch.setattr(saves.peak, "in_fresh_process", lambda function, *given: function(*given))
+    saves.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["regimes"]) == [
+        "adapter on a frozen base, first save",
+        "adapter on a frozen base, each save after a step",
+        "nothing changed",
+        "full fine-tune, first save",
+        "full fine-tune, each save after a step",
+    ]
+    for regime in found["regimes"].values():
+        assert regime["floor_s"] > 0 < regime["state_size"]
+        for tool in tools:
+            figures = regime["tools"][tool]
+            assert 0 < figures["stall_s"] <= figures["save_s"]
+            assert figures["cpu_s"] > 0 < figures["joules"]
+            assert figures["joules_ratio_min"] <= figures["joules_ratio"] <= figures["joules_ratio_max"]
+            assert figures["method"].startswith(("measured: ", "estimated: "))
+            assert tool.startswith("Run.") or figures["written_size"] >= regime["state_size"]
+    assert found["regimes"]["nothing changed"]["tools"]["Run.save_async"]["written_size"] < 10_000
+    assert found["regimes"]["nothing changed"]["tools"]["broken"] == {"failed": "OSError: the disk is gone"}
+    for restored in found["restores"].values():
+        assert {cell["tool"] for cell in restored} == set(tools)
+        assert all(cell["lossless"] and cell["cold_s"] > 0 < cell["warm_s"] for cell in restored)
+    assert {(f["tool"], f["n_changed"]) for f in found["memory"]} == {
+        (tool, n) for tool in [*tools, "broken"] for n in (32, 1)
+    }
+    assert all(
+        list(loop) == ["nothing", "Run.save_async", "dcp.async_save"] for loop in found["loops"].values()
+    )
+    notes = [note for note in found["notes"] if not note.startswith("broken failed on ")]
+    assert notes == ["Orbax: not installed, pip install orbax-checkpoint"]
+    text = (tmp_path / "found.md").read_text()
+    assert all(f"**{title}" in text for title in [*found["regimes"], "Restores", "Peak", "Training beside"])
+    assert not list((tmp_path / "at").iterdir())
 
 
-def test_the_stall_is_told_of_each_regime_against_torch(tmp_path):
-    found = json.loads(run_bench("stall.py", "--size-mib", 1, "--repeats", 1, "--dir", tmp_path, "--json"))
-    assert set(found) == {"adapter on a frozen base", "full fine-tune"}
-    for figures in found.values():
-        assert 0 < figures["stall_s"] < figures["durable_s"]
-        assert figures["floor_s"] > 0 < figures["dcp_stall_s"] <= figures["dcp_s"]
-        assert figures["written_size"] > 0 < figures["torch_save_s"]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.usefixtures("bench")
+def test_a_cold_restore_finds_nothing_in_the_page_cache(tmp_path: Path):
+    from saves import drop_from_cache
+
+    if subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True).stdout == b"tmpfs\n":
+        pytest.skip("files in memory are always in memory")
+    path = tmp_path / "store" / "packs" / "one"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(10_000_000))
+
+    def is_cached() -> bool:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return os.preadv(fd, [bytearray(1)], 5_000_000, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+
+    assert is_cached()
+    drop_from_cache(tmp_path)
+    assert not is_cached()
+
+
+@pytest.mark.usefixtures("bench")
+def test_what_a_loop_loses_is_the_share_of_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A loop of 10 ms, 40 of it with a save beside, of which 20 are of its own thread's CPU."""
+    import slowdown
+
+    clock = {"s": 0.0, "cpu_s": 0.0, "end_s": 0.0}
+
+    class Clocks:
+        perf_counter = staticmethod(lambda: clock["s"])
+        thread_time = staticmethod(lambda: clock["cpu_s"])
+
+    class Slow(slowdown.Nothing):
+        def begin(self, state, step):
+            clock["s"] += 0.5
+            clock["end_s"] = clock["s"] + 1
+            return slowdown.Saving(lambda: clock["s"] >= clock["end_s"], lambda: None)
+
+    def loop() -> None:
+        is_beside = clock["s"] < clock["end_s"]
+        clock["s"] += 0.04 if is_beside else 0.01
+        clock["cpu_s"] += 0.02 if is_beside else 0.01
+
+    monkeypatch.setattr(slowdown, "time", Clocks)
+    figures = slowdown.turn(Slow(tmp_path, 0), {}, 0, loop)
+    expected = {"stall_s": 0.5, "save_s": 1.5, "loss": 0.75, "cpu_loss": 0.5, "lost_s": 1.25}
+    assert figures == pytest.approx(expected)
+    assert slowdown.pace([[], [slowdown.Stamp(0, 0)]]) is None
+
+
+@pytest.mark.usefixtures("bench")
+def test_memory_of_children_and_shared_memory_counts_once():
+    import mmap
+
+    from family import Watch
+
+    size = 40_000_000
+    child = f"import time; held = b'x' * {size}; print(1, flush=True); time.sleep(60)"
+    with Watch() as watch:
+        before_size = watch.most()
+        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+        try:
+            process.stdout.readline()
+            assert size < watch.most() - before_size < size + 20_000_000
+            with_child_size = watch.most()
+        finally:
+            process.kill()
+            process.communicate()
+        watch.most()
+        assert watch.most() < with_child_size - size / 2
+        fd = os.memfd_create("bench")
+        os.ftruncate(fd, size)
+        before_size = watch.most()
+        for _ in range(2):
+            with mmap.mmap(fd, size) as mapped:
+                for at in range(0, size, mmap.PAGESIZE):
+                    mapped[at] = 1
+                assert 0.8 * size < watch.most() - before_size < 1.2 * size
+        assert 0.8 * size < watch.most() - before_size < 1.2 * size  # nobody has it mapped
+        os.close(fd)
+        watch.most()
+        assert watch.most() - before_size < 0.2 * size
+
+
+def test_peak_memory_is_that_of_a_fresh_process(tmp_path):
+    arguments = ["--size-mib", 32, "--repeats", 1, "--n-changed", 1, "--dir", tmp_path, "--json"]
+    arguments += [tmp_path / "found.json", "--tools", "save_file + fsync", "dcp.async_save"]
+    run_bench("peak.py", *arguments)
+    direct, staged = json.loads((tmp_path / "found.json").read_text())["memory"]
+    assert direct["changed_size"] == staged["changed_size"] == 1 << 20
+    assert 0 < direct["first_size"] < 16 << 20
+    assert 28 << 20 < staged["first_size"] < 48 << 20
+    assert 28 << 20 < staged["over_size"] < 64 << 20

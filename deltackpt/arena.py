@@ -107,11 +107,13 @@ class Arena:
         self._free = set(self._pieces) - set(held)
         self._open = -1
 
-    def trim(self) -> None:
-        """Give back the memory of the pieces that are free."""
-        for at in self._free:
-            self._pieces.pop(at).madvise(mmap.MADV_REMOVE)
-        self._free = set()
+    def trim(self, size_max: int = 0) -> None:
+        """Give back the memory of the pieces that are free, but of so many bytes of them."""
+        for at in sorted(self._free, key=lambda at: (len(self._pieces[at]), at)):
+            size_max -= len(self._pieces[at])
+            if size_max < 0:
+                self._pieces.pop(at).madvise(mmap.MADV_REMOVE)
+        self._free &= self._pieces.keys()
 
 
 class Window:

@@ -130,7 +130,7 @@ class Proxy:
     def open(self, what: What, tensors: Sequence[Tensor | Deferred], meter: Meter) -> tuple[Memory, Reusable]:
         """See `Background.open`."""
         self._found: list[Found] = []
-        self._found_size = 0
+        self._found_size = self._copied_size = 0
         self._cuts: dict[int, tuple[Ends, list[bytes]]] = {}
         self._meter = meter
         self._is_open = self._has_ended = self._is_over = False
@@ -161,6 +161,7 @@ class Proxy:
         if found.before is not None:
             self._cuts[found.at] = found.before.ends, found.fingerprints
         place = self._arena.place(found.tensor.data)
+        self._copied_size += place.size
         self._put(Found(found.at, place, found.fingerprints), place.size)
 
     def lend(self, found: Look) -> None:
@@ -211,6 +212,7 @@ class Proxy:
                 seen.append(self._known(at, tensor))
         self._seen = Memory(seen)
         self._arena.keep(done.held)
+        self._arena.trim(self._copied_size)  # the next save may need as much, not what the first one did
         self.shadow_size = done.shadow_size
         return done.report
 

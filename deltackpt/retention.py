@@ -162,7 +162,8 @@ class last(Rule):
 
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """See `Rule.reasons`."""
-        return {step: [f"last {self.n}"] for step in sorted(steps)[-self.n :]}
+        why = [f"last {self.n}"]
+        return dict.fromkeys(sorted(steps)[-self.n :], why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,8 @@ class every(Rule):
 
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """See `Rule.reasons`."""
-        return {step: [f"multiple of {self.n}"] for step in steps if step % self.n == 0}
+        why = [f"multiple of {self.n}"]
+        return {step: why for step in steps if step % self.n == 0}
 
 
 @dataclass(frozen=True, slots=True)

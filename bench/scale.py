@@ -71,7 +71,7 @@ def points(size_max: int, scale: float) -> dict[str, list[Point]]:
     """What is measured, by what is varied; `scale` shrinks all but the threads."""
 
     def some(*values: float) -> list[int]:
-        return [max(1, round(value * scale)) for value in values]
+        return sorted({max(1, round(value * scale)) for value in values})
 
     sizes = [size for size in (SIZE << k for k in range(0, 20, 2)) if size < size_max] + [size_max]
     base = Point("", round(SIZE * scale))

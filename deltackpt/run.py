@@ -356,7 +356,7 @@ class Run:
         """Forget what a rule does not keep, and return it.
 
         The run is listed once: a listing has all steps that ever were, 3 us each, so no save may need one.
-        What others pinned or forgot since is asked for by name, of the steps that it matters to; what they
+        What others pinned, forgot or overwrote since is asked for by name, if a step is to go; what they
         saved since stays.
         """
         refs = self.store.refs
@@ -367,14 +367,10 @@ class Run:
         if commit is not None:
             steps[saved] = commit
         why = keep.decide(steps, resumed=self._resumed, saved=saved)
-        if len(why) < len(steps) and any(refs.is_gone(steps[step].slot) for step in why):
-            steps = self._steps = refs.steps(self.name)  # a rule may keep others in their place
+        if len(why) < len(steps) and any(refs.is_gone(found.slot) for found in steps.values()):
+            steps = self._steps = refs.steps(self.name)  # a rule may choose others in their place
             why = keep.decide(steps, resumed=self._resumed, saved=saved)
-        goes = [
-            step
-            for step in sorted(steps.keys() - why.keys())
-            if not refs.is_pinned(self.name, step) and not refs.is_gone(steps[step].slot)
-        ]
+        goes = [step for step in sorted(steps.keys() - why.keys()) if not refs.is_pinned(self.name, step)]
         refs.forget(steps[step].slot for step in goes)
         for step in goes:
             del steps[step]

@@ -344,3 +344,30 @@ def test_the_stall_is_told_of_each_regime_against_torch(tmp_path):
         assert figures["floor_s"] > 0 < figures["dcp_stall_s"] <= figures["dcp_s"]
         assert figures["written_size"] > 0 < figures["torch_save_s"]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_grows_is_told_for_each_thing_varied(tmp_path):
+    arguments = ["--scale", 1e-4, "--repeats", 1, "--dir", tmp_path, "--json", "--only", "tensors", "steps"]
+    found = json.loads(run_bench("scale.py", *arguments))["points"]
+    assert [point["point"]["varied"] for point in found] == ["tensors", "tensors", "steps"]
+    for point in found:
+        figures = point["figures"]
+        assert all(
+            figures[name] > 0 for name in ("open_s", "save_s", "stall_s", "restore_s", "manifest_size")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_simulated_index_is_one(tmp_path):
+    import numpy as np
+    from scale import write_index
+
+    from deltackpt.store import open_store
+
+    store = open_store(tmp_path / "store", create=True)
+    for n_rows in (10, 70, 20_000):
+        write_index(tmp_path / "store", n_rows, np.random.default_rng(n_rows))
+    segments = store.refresh(complete=True).segments
+    assert sum(len(segment.rows) for segment in segments) == 20_080
+    assert all((np.diff(segment.keys.astype(object)) > 0).all() for segment in segments)

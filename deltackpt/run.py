@@ -366,11 +366,11 @@ class Run:
         _, commit = refs.slot(self.name, saved)
         if commit is not None:
             steps[saved] = commit
-        why = keep.decide(steps, resumed=self._resumed, saved=saved)
-        if len(why) < len(steps) and any(refs.is_gone(found.slot) for found in steps.values()):
+        stays = keep.stays(steps, resumed=self._resumed, saved=saved)
+        if len(stays) < len(steps) and any(refs.is_gone(found.slot) for found in steps.values()):
             steps = self._steps = refs.steps(self.name)  # a rule may choose others in their place
-            why = keep.decide(steps, resumed=self._resumed, saved=saved)
-        goes = [step for step in sorted(steps.keys() - why.keys()) if not refs.is_pinned(self.name, step)]
+            stays = keep.stays(steps, resumed=self._resumed, saved=saved)
+        goes = [step for step in sorted(steps.keys() - stays) if not refs.is_pinned(self.name, step)]
         refs.forget(steps[step].slot for step in goes)
         for step in goes:
             del steps[step]

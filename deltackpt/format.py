@@ -32,6 +32,8 @@ MANIFEST_SIZE_MAX = 1 << 30
 LIST_ROWS_MAX = 1024
 #: Levels of lists: 1024 ** 4 chunks of 256 KiB are 256 PiB.
 LIST_LEVEL_MAX = 4
+#: Rows of an index file that share a checksum: 5.6 kB, which is what a look-up reads for one row.
+INDEX_BLOCK_ROWS = 64
 
 CHUNK_ID_SIZE = 32
 NO_BASE = bytes(CHUNK_ID_SIZE)

@@ -28,7 +28,7 @@ from deltackpt.chains import as_ids
 from deltackpt.codecs import Kind
 from deltackpt.errors import ConflictError, CorruptError, FormatError, NotFoundError, StorageError
 from deltackpt.format import RECORD_HEADER, unseal
-from deltackpt.index import Segment
+from deltackpt.index import N_FILES_MAX, Segment
 from deltackpt.liveness import Liveness, PackUse
 from deltackpt.pack import PackName, Record
 from deltackpt.records import GC_RUN, Fence, GcRecord, SessionName, Slot, index_key, sid_of
@@ -42,8 +42,6 @@ log = logging.getLogger("deltackpt")
 PATIENCE_S = 3600.0
 #: Packs are rewritten until no more than this share of the bytes in use is waste.
 WASTE_MAX = 0.10
-#: More index files than this are merged into one.
-N_INDEX_MAX = 16
 #: What a backend writes before it has its name; the session is in it unless it is a decision or a gc record.
 _TEMPORARY = re.compile(r"tmp/(?:(?:([0-9a-f]{32}).*|.+)\.|probe-)[0-9a-f]{8}")
 
@@ -463,7 +461,7 @@ class _Gc:
                 continue
             stale = stale or not gone.isdisjoint(segment.packs)
             segments.append(segment)
-        if len(names) <= N_INDEX_MAX and not stale:
+        if len(names) <= N_FILES_MAX and not stale:
             return
         merged = Segment.merge([*segments, *index.segments], without=gone | index.unlisted - unlisted)
         with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:

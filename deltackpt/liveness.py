@@ -113,7 +113,7 @@ class Liveness:
 
     def _find(self, ids: U8) -> Ints:
         everywhere = np.ones(len(self._rows.packs), np.bool_)
-        at: Ints = self._rows.find(ids, keys_of(ids), everywhere)
+        at, _ = self._rows.find(ids, keys_of(ids), everywhere)
         return at
 
     def _tiers(self, avoid: frozenset[PackName], last: frozenset[PackName]) -> Ints:

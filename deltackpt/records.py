@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from deltackpt.energy import Energy
 from deltackpt.errors import CorruptError, InvalidInputError
@@ -65,8 +66,7 @@ def check_step(step: Any) -> int:
     return number
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Slot:
+class Slot(NamedTuple):
     """Where an attempt at a step is decided."""
 
     run: str
@@ -82,9 +82,16 @@ class Slot:
     def from_key(cls, key: str) -> Slot | None:
         """Parse a name in the store; None if it is not a slot's."""
         m = _SLOT.fullmatch(key)
-        if not m or int(m[2]) > STEP_MAX or not (m[1] == GC_RUN or _RUN.fullmatch(m[1])):
+        if not m or not _may_decide(m[1]):
             return None
-        return cls(m[1], int(m[2]), int(m[3]))
+        slot = cls(m[1], int(m[2]), int(m[3]))
+        return slot if slot.step <= STEP_MAX else None
+
+
+@lru_cache
+def _may_decide(run: str) -> bool:
+    """Return whether slots may be of this run; asked of every name in a listing."""
+    return run == GC_RUN or bool(_RUN.fullmatch(run))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,21 @@ class Rule(ABC):
                     f"metric {rule.metric!r} is in no step; {there}", hint="name one that the steps have"
                 )
 
+    def stays(
+        self, steps: Mapping[int, Facts], *, resumed: int | None = None, saved: int | None = None
+    ) -> set[int]:
+        """Return the steps that stay, as `decide` does, but without why: a third of the time.
+
+        Examples
+        --------
+        >>> from types import SimpleNamespace
+        >>> steps = {s: SimpleNamespace(created_s=0.0, metrics={}) for s in (10, 20, 30)}
+        >>> sorted(last(1).stays(steps, resumed=10))
+        [10, 30]
+        """
+        named = {step for step in (max(steps, default=None), resumed, saved) if step is not None}
+        return (self.reasons(steps).keys() | named) & steps.keys()
+
     def decide(
         self,
         steps: Mapping[int, Facts],
@@ -162,7 +177,8 @@ class last(Rule):
 
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """See `Rule.reasons`."""
-        return {step: [f"last {self.n}"] for step in sorted(steps)[-self.n :]}
+        why = [f"last {self.n}"]
+        return dict.fromkeys(sorted(steps)[-self.n :], why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +201,8 @@ class every(Rule):
 
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """See `Rule.reasons`."""
-        return {step: [f"multiple of {self.n}"] for step in steps if step % self.n == 0}
+        why = [f"multiple of {self.n}"]
+        return {step: why for step in steps if step % self.n == 0}
 
 
 @dataclass(frozen=True, slots=True)

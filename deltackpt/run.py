@@ -96,6 +96,7 @@ class Run:
         self.keep = keep
         self.on_save = on_save
         self._resumed: int | None = None
+        self._steps: dict[int, Commit] | None = None  # what `keep` chooses among, once it was listed
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
@@ -321,19 +322,15 @@ class Run:
           20  stays  last 2
           30  stays  latest; last 2
         """
-        return self._retention(keep or self.keep, None)[0]
-
-    def _retention(self, keep: Rule | None, saved: int | None) -> tuple[Retention, list[Commit]]:
-        """Return the fate of every step, and the commits it was decided by."""
+        keep = keep or self.keep
         refs = self.store.refs
         listing = refs.listing(self.name)
-        commits = refs.commits_of(listing)
-        steps = {commit.slot.step: commit for commit in commits}
+        steps = {commit.slot.step: commit for commit in refs.commits_of(listing)}
         if keep is None:
             why = dict.fromkeys(steps, "there are no rules")
         else:
-            why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed, saved=saved)
-        return Retention.of(self.name, steps, why), commits
+            why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed)
+        return Retention.of(self.name, steps, why)
 
     def _retained(self, report: SaveReport, found_step: int | None) -> SaveReport:
         """Forget what no rule keeps, now that the step is durable; return the report of both."""
@@ -344,10 +341,7 @@ class Run:
         before = time.perf_counter()
         goes: list[int] = []
         try:
-            decided, commits = self._retention(self.keep, report.step)
-            going = set(decided.goes)
-            self.store.refs.forget(commit.slot for commit in commits if commit.slot.step in going)
-            goes = decided.goes
+            goes = self._let_go(self.keep, report.step)
         except DeltackptError as e:
             log.warning(
                 "run %r step %d is saved, but not all that may go is forgotten: %s",
@@ -357,6 +351,30 @@ class Run:
             )
         seconds = {**report.seconds, "retain": time.perf_counter() - before}
         return replace(report, seconds=seconds, forgotten=goes)
+
+    def _let_go(self, keep: Rule, saved: int) -> list[int]:
+        """Forget what a rule does not keep, and return it.
+
+        The run is listed once: a listing has all steps that ever were, 3 us each, so no save may need one.
+        What others pinned, forgot or overwrote since is asked for by name, if a step is to go; what they
+        saved since stays.
+        """
+        refs = self.store.refs
+        if self._steps is None:
+            self._steps = refs.steps(self.name)
+        steps = self._steps
+        _, commit = refs.slot(self.name, saved)
+        if commit is not None:
+            steps[saved] = commit
+        stays = keep.stays(steps, resumed=self._resumed, saved=saved)
+        if len(stays) < len(steps) and any(refs.is_gone(found.slot) for found in steps.values()):
+            steps = self._steps = refs.steps(self.name)  # a rule may choose others in their place
+            stays = keep.stays(steps, resumed=self._resumed, saved=saved)
+        goes = [step for step in sorted(steps.keys() - stays) if not refs.is_pinned(self.name, step)]
+        refs.forget(steps[step].slot for step in goes)
+        for step in goes:
+            del steps[step]
+        return goes
 
     # -- fork and compare
 

@@ -388,12 +388,18 @@ class Session:
         self._check_packs()
 
     def _publish_index(self) -> None:
-        segment = Segment.build(self._packs)
+        segment, merged = Segment.build(self._packs), self.store.to_merge()
+        whole = Segment.merge([segment, *merged.values()]) if merged else segment
         key = index_key(self.sid)
         # Flushed but without a barrier: derived data; if a power loss takes its name the packs tell the same.
-        self._create(key, segment.to_bytes(self.store.uuid, self.sid))
-        self.store.learn(key, segment)
+        self._create(key, whole.to_bytes(self.store.uuid, self.sid))
+        self.store.learn(key, segment, merged)
         self.written_size += sum(size for _, size, _ in self._packs)
+        if merged:
+            # The merged file before the others go: a look-up finds the one or the other.
+            self._backend.barrier("index")
+            for name in merged:
+                self._backend.delete(name)
 
     def _create(self, key: str, data: bytes) -> None:
         if not self._backend.create_once(key, data):

@@ -10,7 +10,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +30,7 @@ from deltackpt.errors import (
     UnsupportedVersionError,
 )
 from deltackpt.format import VERSION, check_features, seal, unseal
-from deltackpt.index import Index, Rows, Segment
+from deltackpt.index import Index, Rows, Segment, StoredSegment, to_merge
 from deltackpt.links import Reader, Row, Wanted
 from deltackpt.manifest import Manifest
 from deltackpt.pack import PackName
@@ -46,8 +47,8 @@ DEPTH_MAX = 8
 #: What a record's one byte of depth can say.
 _DEPTH_END = 255
 
-#: A store has one index file a save until gc merges them: mapping them all would use up a process's files.
-_MAP_SIZE_MIN = 4 << 20
+#: Smaller index files are read whole; there are few, see `index.to_merge`.
+_STORED_SIZE_MIN = 1 << 20
 
 #: What every call takes as a store: its directory, a backend, or a store already open.
 Where: TypeAlias = "str | os.PathLike[str] | Backend | Store"
@@ -69,7 +70,7 @@ class Store:
         self.refs = Refs(backend)
         self._links = Reader(backend, self.pack_name, self.depth_max)
         self._index = Index()
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, int | None] = {}  # rows of each index file; None: damaged
         self._gc_records: dict[str, GcRecord] = {}
         self._is_prepared = False
         self._lock = threading.RLock()
@@ -131,24 +132,35 @@ class Store:
         """
         with self._lock:
             names = {name for name in self.backend.names("index/") if sid_of(name)}
-            if not self._loaded <= names:  # merged by gc meanwhile
-                self._index, self._loaded = Index(self._index), set()
-            for name in sorted(names - self._loaded):
+            if not self._loaded.keys() <= names:  # merged meanwhile
+                self._index, self._loaded = Index(self._index), {}
+            for name in sorted(names - self._loaded.keys()):
                 try:
-                    self._index.add(self.read_segment(name))
-                except NotFoundError:  # merged by gc since the listing
+                    segment = self._open_segment(name)
+                except NotFoundError:  # merged since the listing
                     return self.refresh(complete=complete)
                 except CorruptError as e:
                     log.warning("%s; its packs are read instead; deltackpt gc replaces it", e.message)
-                self._loaded.add(name)
+                    self._loaded[name] = None
+                else:
+                    self._index.add(segment)
+                    self._loaded[name] = len(segment.keys)
             if complete:
+                self._index.check()
                 self._cover()
             return self._index
 
     def read_segment(self, name: str) -> Segment:
-        """Return an index file's content, mapped if it is large: a map takes no heap, but an open file."""
-        data = self.backend.map(name) if self.backend.size(name) >= _MAP_SIZE_MIN else self.backend.read(name)
-        return Segment.from_bytes(data, self.uuid, f"{self.url}/{name}")
+        """Return an index file's content, every row of it checked."""
+        return Segment.from_bytes(self.backend.read(name), self.uuid, f"{self.url}/{name}")
+
+    def _open_segment(self, name: str) -> Segment | StoredSegment:
+        """Return an index file's content; if it is large, its rows stay in it."""
+        size = self.backend.size(name)
+        if size < _STORED_SIZE_MIN:
+            return self.read_segment(name)
+        fill = partial(self.backend.read_into, name)
+        return StoredSegment.open(fill, size, self.uuid, f"{self.url}/{name}")
 
     def _cover(self) -> None:
         """Take in the footers of packs that no index file covers."""
@@ -169,11 +181,27 @@ class Store:
     def _reader(self, key: str) -> pack.ReadAt:
         return lambda offset, size: self.backend.read(key, offset, size)
 
-    def learn(self, key: str, segment: Segment) -> None:
-        """Take in an index file that this process has just written."""
+    def to_merge(self) -> dict[str, Segment]:
+        """Return the index files that a writer merges into the one it is about to write; mostly none."""
+        with self._lock:
+            names = to_merge({name: n for name, n in self._loaded.items() if n is not None})
+        found = {}
+        for name in names:
+            try:
+                found[name] = self.read_segment(name)
+            except NotFoundError:  # another writer merges them
+                return {}
+            except CorruptError:  # since it was read; gc replaces it
+                self._loaded[name] = None
+        return found
+
+    def learn(self, key: str, segment: Segment, merged: Mapping[str, Segment]) -> None:
+        """Take in an index file that this process has just written: its own rows, and what it merged."""
         with self._lock:
             self._index.add(segment)
-            self._loaded.add(key)
+            for name in merged:
+                self._loaded.pop(name, None)
+            self._loaded[key] = len(segment.rows) + sum(len(part.rows) for part in merged.values())
 
     def gc_state(self) -> tuple[int, frozenset[PackName]]:
         """Return the number of gc cycles begun, and the packs that no new save may use.

@@ -481,3 +481,30 @@ def test_peak_memory_is_that_of_a_fresh_process(tmp_path):
     assert 0 < direct["first_size"] < 16 << 20
     assert 28 << 20 < staged["first_size"] < 48 << 20
     assert 28 << 20 < staged["over_size"] < 64 << 20
+
+
+def test_what_grows_is_told_for_each_thing_varied(tmp_path):
+    arguments = ["--scale", 1e-4, "--repeats", 1, "--dir", tmp_path, "--json", "--only", "tensors", "steps"]
+    found = json.loads(run_bench("scale.py", *arguments))["points"]
+    assert [point["point"]["varied"] for point in found] == ["tensors", "tensors", "steps"]
+    for point in found:
+        figures = point["figures"]
+        assert all(
+            figures[name] > 0 for name in ("open_s", "save_s", "stall_s", "restore_s", "manifest_size")
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_simulated_index_is_one(tmp_path):
+    import numpy as np
+    from scale import write_index
+
+    from deltackpt.store import open_store
+
+    store = open_store(tmp_path / "store", create=True)
+    for n_rows in (10, 70, 20_000):
+        write_index(tmp_path / "store", n_rows, np.random.default_rng(n_rows))
+    segments = store.refresh(complete=True).segments
+    assert sum(len(segment.rows) for segment in segments) == 20_080
+    assert all((np.diff(segment.keys.astype(object)) > 0).all() for segment in segments)

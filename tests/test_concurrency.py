@@ -403,7 +403,7 @@ def test_waste_below_a_tenth_is_left_alone():
 
 
 def test_many_index_files_become_one_and_say_the_same(monkeypatch):
-    monkeypatch.setattr(gc, "N_INDEX_MAX", 4)
+    monkeypatch.setattr(gc, "N_FILES_MAX", 4)
     backend = MemoryBackend()
     run = opened(backend)
     for step in range(4):

@@ -12,7 +12,7 @@ from faults import CrashBackend, Cut, FailingBackend, contents, memory_of
 from steps import assert_steps, collect, floats, noise, opened, repeats, same
 from steps import visible as steps_of
 
-from deltackpt import gc, last, open_run, session, snapshot, these
+from deltackpt import gc, index, last, open_run, session, snapshot, these
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import StorageError
 from deltackpt.memory import Memory
@@ -225,7 +225,8 @@ SCENES = {
 
 @pytest.fixture(params=SCENES)
 def a_scene(request, monkeypatch):
-    monkeypatch.setattr(gc, "N_INDEX_MAX", 2)  # so that index files are merged too
+    for module in (gc, index):
+        monkeypatch.setattr(module, "N_FILES_MAX", 2)  # so that index files are merged too
     if "delta" in request.param:
         taken(monkeypatch)
     options = {}

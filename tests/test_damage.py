@@ -11,6 +11,7 @@ from deltas import put
 from faults import contents, memory_of
 from steps import collect, floats, noise, opened, same, visible
 
+from deltackpt import store
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chunking import Chunker
 from deltackpt.codecs import NAMES
@@ -163,6 +164,21 @@ def test_every_flipped_bit_is_found(small):
                 check_next_save(damaged)
             n += 1
     assert not missed, f"{len(missed)} of {n}"
+
+
+def test_a_stored_index_with_any_bit_flipped_is_left_for_the_packs_themselves(small, monkeypatch):
+    monkeypatch.setattr(store, "_STORED_SIZE_MIN", 0)  # as if it were large: rows are read when looked up
+    flips = [(name, at) for name in small if kind(name) == "index" for at in range(len(small[name]))]
+    for n, (name, at) in enumerate(flips):
+        data = bytearray(small[name])
+        data[at] ^= 1 << rng.randrange(8)
+        damaged = small | {name: bytes(data)}
+        if n % 7 == 0:
+            assert_steps_are_there(damaged)
+        if n % 25 == 0:
+            check_next_save(damaged)
+            assert collect(memory_of(damaged)) is not None
+    assert len(flips) > 1000
 
 
 def test_every_cut_is_found(small):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
+
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltackpt import index
-from deltackpt.errors import CorruptError, FormatError, UnsupportedVersionError
+from deltackpt.errors import CorruptError, FormatError, NotFoundError, UnsupportedVersionError
 from deltackpt.format import CHUNK_SIZE_MAX, INDEX_HEADER, ROW, VERSION
-from deltackpt.index import Index, Segment, keys_of
+from deltackpt.index import Index, Segment, StoredSegment, keys_of, to_merge
 from deltackpt.pack import PackName
 
 STORE = bytes(range(16))
@@ -47,8 +51,34 @@ def segments_of(packs: list[list[tuple[int, int]]]) -> list[Segment]:
     return [Segment.build([(name(i), 100 + i, rows_of(entries))]) for i, entries in enumerate(packs)]
 
 
-def reseal(data: bytes) -> bytes:
-    return data + xxhash.xxh3_128_digest(data)
+def file_of(packs: bytes, n_packs: int, rows: bytes, n_rows: int, version: int = VERSION) -> bytes:
+    """An index file of any packs and rows, with good checksums."""
+    size = index._BLOCK_SIZE
+    blocks = [rows[at : at + size] for at in range(0, len(rows), size)]
+    ids = [rows[at : at + 8] for at in range(0, len(rows), ROW.itemsize)]
+    keys = b"".join(some.ljust(8, b"\0")[::-1] for some in ids)
+    checks = b"".join(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
+    head = INDEX_HEADER.pack(version, 0, STORE, SID, n_packs, 0, n_rows) + packs + keys + checks
+    return head + xxhash.xxh3_128_digest(head) + rows
+
+
+@pytest.fixture
+def blocks_of_two(monkeypatch):
+    """Few rows make many blocks."""
+    monkeypatch.setattr(index, "INDEX_BLOCK_ROWS", 2)
+    monkeypatch.setattr(index, "_BLOCK_SIZE", 2 * ROW.itemsize)
+
+
+def stored(data: bytes, read: Callable[[int], None] = lambda size: None) -> StoredSegment:
+    """A file as a large one is opened; `read` is told how many bytes are read."""
+
+    def fill(offset, buffers):
+        for buffer in buffers:
+            buffer[:] = np.frombuffer(data, np.uint8, buffer.size, offset)
+            offset += buffer.size
+            read(buffer.size)
+
+    return StoredSegment.open(fill, len(data), STORE, "here")
 
 
 @settings(deadline=None)
@@ -155,28 +185,148 @@ def test_every_cut_of_an_index_is_found(size: int):
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.binary(max_size=300))
 def test_any_counts_and_bytes_are_an_index_or_a_format_error(n_packs: int, n_rows: int, rest: bytes):
-    head = INDEX_HEADER.pack(VERSION, 0, STORE, SID, n_packs, 0, n_rows)
-    try:
-        segment = Segment.from_bytes(reseal(head + rest), STORE, "here")
-    except FormatError:
-        return
-    assert (len(segment.packs), len(segment.rows)) == (n_packs, n_rows)
+    for packs, rows in ((rest, b""), (b"", rest)):
+        data = file_of(packs, n_packs, rows, n_rows)
+        for parse in (
+            lambda data=data: stored(data).load(),
+            lambda data=data: Segment.from_bytes(data, STORE, ""),
+        ):
+            try:
+                segment = parse()
+            except FormatError:
+                continue
+            assert (len(segment.packs), len(segment.rows)) == (n_packs, n_rows)
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=88 * 3), st.integers(0, 3))
-def test_any_rows_with_good_checksums_are_safe_to_look_up(rest: bytes, n_packs: int):
-    n_rows = len(rest) // 96
-    rest = rest[: 96 * n_rows]
-    head = INDEX_HEADER.pack(VERSION, 0, STORE, SID, n_packs, 0, n_rows)
+@given(st.binary(max_size=88 * 5), st.integers(0, 3), st.booleans())
+def test_any_rows_with_good_checksums_are_safe_to_look_up(rest: bytes, n_packs: int, is_stored: bool):
+    n_rows = len(rest) // 88
+    data = file_of(bytes(32 * n_packs), n_packs, rest[: 88 * n_rows], n_rows)
     try:
-        segment = Segment.from_bytes(reseal(head + bytes(32 * n_packs) + rest), STORE, "here")
+        segment = stored(data) if is_stored else Segment.from_bytes(data, STORE, "here")
     except FormatError:
         return
     lookup = Index()
     lookup.add(segment)
-    lookup.find(ids_of([0, 1, 2]))
-    lookup.copies(bytes(32))
+    _, rows = lookup.find(ids_of([0, 1, 2]))
+    rows = np.concatenate([rows, lookup.copies(bytes(32))])
+    assert (rows["pack"] < max(1, n_packs)).all()
+    assert (rows["raw_size"] <= CHUNK_SIZE_MAX).all()
+
+
+# ---------------------------------------------------------------- files whose rows are read when looked up
+
+
+@pytest.mark.usefixtures("blocks_of_two")
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PACKS, st.sets(st.integers(0, 11)), st.sampled_from([1, 2, 1024]))
+def test_a_stored_segment_says_what_one_in_memory_does(packs, banned, n_read):
+    merged = Segment.merge(segments_of(packs))
+    whole, large = Index(), Index()
+    whole.add(merged)
+    large.add(stored(merged.to_bytes(STORE, SID)))
+    without = [name(n) for n in banned]
+    ids = ids_of([*range(12), *range(12)])
+    with mock.patch.object(index, "_N_BLOCKS_READ", n_read):
+        for one, other in zip(whole.find(ids, without), large.find(ids, without), strict=True):
+            assert one.tobytes() == other.tobytes()
+        for chunk in range(12):
+            assert whole.copies(chunk_id(chunk)).tobytes() == large.copies(chunk_id(chunk)).tobytes()
+        assert large.segments[0].rows.tobytes() == merged.rows.tobytes()
+
+
+MANY = Segment.merge(segments_of([[(n, 0)] for n in range(200)]))
+MANY_FILE = MANY.to_bytes(STORE, SID)
+ROWS_OFFSET = len(MANY_FILE) - MANY.rows.nbytes
+
+
+def test_opening_reads_no_row_a_miss_none_and_a_hit_one_block():
+    read: list[int] = []
+    lookup = Index()
+    lookup.add(stored(MANY_FILE, read.append))
+    assert sum(read) == ROWS_OFFSET
+    read.clear()
+    assert not lookup.find(np.full((5, 32), 255, np.uint8))[0].any()
+    assert sum(read) == 0
+    assert lookup.find(ids_of([6, 6]))[0].all()
+    assert sum(read) == 64 * ROW.itemsize
+    read.clear()
+    assert lookup.find(ids_of(list(range(200))))[0].all()
+    assert sum(read) <= 2 * MANY.rows.nbytes  # ids of one key go on to the next row
+
+
+@settings(deadline=None)
+@given(st.integers(0, len(MANY_FILE) - 1), st.integers(1, 255))
+def test_of_a_file_with_a_changed_byte_no_wrong_row_is_used(at: int, change: int):
+    bad = bytearray(MANY_FILE)
+    bad[at] ^= change
+    lookup = Index()
+    try:
+        lookup.add(stored(bytes(bad)))
+    except FormatError:
+        assert at < ROWS_OFFSET
+        return
+    assert at >= ROWS_OFFSET
+    for chunk in range(200):
+        found, rows = lookup.find(ids_of([chunk]))
+        rows = np.concatenate([rows[found], lookup.copies(chunk_id(chunk))])
+        expected = MANY.rows[MANY.rows["offset"] == 1000 * chunk]
+        assert all(row.tobytes() == expected.tobytes() for row in rows)
+    # Found out by one look-up of the bad block, and covers nothing from then on.
+    assert not found[0]
+    assert name(0) not in lookup
+    assert not lookup.segments
+
+
+def test_a_file_that_is_gone_or_cut_when_a_row_is_read_covers_nothing():
+    for error in (NotFoundError("gone"), CorruptError("cut")):
+        segment = stored(MANY_FILE)
+        lookup = Index()
+
+        def fill(offset, buffers, error=error):
+            raise error
+
+        lookup.add(replace(segment, fill=fill))
+        assert name(0) in lookup
+        assert not lookup.find(ids_of([3]))[0].any()
+        assert name(0) not in lookup
+
+
+def test_what_another_file_says_too_stays_covered_when_one_is_damaged():
+    bad = bytearray(MANY_FILE)
+    bad[-1] ^= 1
+    lookup = Index()
+    lookup.add(segments_of([[(0, 0)]])[0])
+    lookup.add(stored(bytes(bad)))
+    assert name(1) in lookup
+    lookup.check()
+    assert name(0) in lookup
+    assert name(1) not in lookup
+    assert lookup.find(ids_of([0]))[0].all()
+
+
+# ---------------------------------------------------------------- what a writer merges
+
+
+def test_writers_keep_index_files_few_and_copy_each_row_a_few_times():
+    files: dict[str, int] = {}
+    most = n_copied = 0
+    for n in range(10_000):
+        names = to_merge(files)
+        n_copied += sum(files[name] for name in names)
+        files[f"index/{n}"] = 3 + sum(files.pop(name) for name in names)
+        most = max(most, len(files))
+    assert sum(files.values()) == 30_000
+    assert most <= 32
+    assert n_copied <= 8 * 30_000
+
+
+def test_a_writer_merges_no_more_rows_than_it_may():
+    files = {f"index/{n}": 1000 for n in range(1000)}
+    names = to_merge(files)
+    assert 16 <= len(names) <= index.MERGED_ROWS_MAX // 1000
+    assert not to_merge({f"index/{n}": index.MERGED_ROWS_MAX for n in range(1000)})
 
 
 def test_a_row_cannot_promise_more_than_a_chunk_may_have():
@@ -198,6 +348,6 @@ def test_a_row_of_a_pack_that_is_not_listed_is_refused():
 def test_an_index_of_another_store_or_a_newer_version_is_refused():
     with pytest.raises(CorruptError, match="index of store"):
         Segment.from_bytes(SMALL, bytes(16), "here")
-    newer = reseal(INDEX_HEADER.pack(VERSION + 1, 0, STORE, SID, 0, 0, 0))
+    newer = file_of(b"", 0, b"", 0, VERSION + 1)
     with pytest.raises(UnsupportedVersionError, match="upgrade deltackpt"):
         Segment.from_bytes(newer, STORE, "here")

@@ -121,6 +121,9 @@ def test_no_steps_leave_nothing_to_decide():
 @given(runs, rules, st.sets(st.integers(0, 60)), st.none() | st.integers(0, 60), st.integers(0, 60))
 def test_the_latest_pinned_resumed_and_saved_steps_always_stay(steps, rule, pinned, resumed, saved):
     stays = rule.decide(steps, pinned=pinned, resumed=resumed, saved=saved)
+    assert rule.stays(steps, resumed=resumed, saved=saved) == set(
+        rule.decide(steps, resumed=resumed, saved=saved)
+    )
     always = {max(steps, default=None), *pinned, resumed, saved} & steps.keys()
     assert always <= stays.keys() <= steps.keys()
     assert list(stays) == sorted(stays)

@@ -342,3 +342,49 @@ def test_a_run_is_a_collection_of_its_steps():
 def test_forgetting_a_number_says_that_steps_are_a_list():
     with pytest.raises(InvalidInputError, match="forget: found 1, expected steps"):
         open_run(MemoryBackend()).forget(1)
+
+
+# ---------------------------------------------------------------- what others do between two saves
+
+
+def kept(backend, keep, steps):
+    """A run with rules that has saved some steps, and another process's view of it."""
+    run = open_run(backend, keep=keep)
+    for step in steps:
+        run.save({"w": [step]}, step=step)
+    return run, open_run(backend)
+
+
+def test_a_step_that_another_pinned_since_the_run_was_listed_stays():
+    run, other = kept(MemoryBackend(), last(2), (1, 2, 3))
+    other.pin(2)
+    assert run.save({"w": [4]}, step=4).forgotten == []
+    assert run.save({"w": [5]}, step=5).forgotten == [3]
+    other.unpin(2)
+    assert run.save({"w": [6]}, step=6).forgotten == [2, 4]
+
+
+def test_of_steps_that_another_forgot_the_rules_keep_others_in_their_place():
+    run, other = kept(MemoryBackend(), last(3), (1, 2, 3))
+    other.forget([3])
+    assert run.save({"w": [4]}, step=4).forgotten == []
+    assert other.steps() == [1, 2, 4]
+    other.forget([1])  # which would have gone
+    assert run.save({"w": [5]}, step=5).forgotten == []
+    assert other.steps() == [2, 4, 5]
+
+
+def test_a_step_that_another_overwrote_is_let_go_as_it_is_now():
+    run, other = kept(MemoryBackend(), last(2), (1, 2))
+    other.save({"w": [20]}, step=1, overwrite=True)
+    assert run.save({"w": [3]}, step=3).forgotten == [1]
+    assert other.steps() == [2, 3]
+
+
+def test_what_another_saved_meanwhile_stays_until_the_run_is_opened_again():
+    backend = MemoryBackend()
+    run, other = kept(backend, last(2), (1, 2))
+    other.save({"w": [3]}, step=3)
+    assert run.save({"w": [4]}, step=4).forgotten == [1]
+    assert other.steps() == [2, 3, 4]
+    assert kept(backend, last(2), (5,))[0].steps() == [4, 5]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from bisect import bisect_left
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ class Arena:
         self._close = weakref.finalize(self, os.close, self.fd)
         self._size = 0
         self._pieces: dict[int, mmap.mmap] = {}
-        self._free: set[int] = set()
+        self._free: list[tuple[int, int]] = []  # by size, and where they begin: a save asks once a piece
         self._open = -1  # the piece being filled
         self._filled_size = 0
 
@@ -88,13 +89,9 @@ class Arena:
     def _piece(self, size: int) -> int:
         """Return a piece for a copy of that size: a free one that it about fills, or a new one."""
         wanted = max(size, _PIECE_SIZE)
-        fitting = [
-            at for at in self._free if _FILL_MIN * len(self._pieces[at]) <= wanted <= len(self._pieces[at])
-        ]
-        if fitting:
-            at = min(fitting, key=lambda at: (len(self._pieces[at]), at))
-            self._free.discard(at)
-            return at
+        i = bisect_left(self._free, (wanted, 0))
+        if i < len(self._free) and _FILL_MIN * self._free[i][0] <= wanted:
+            return self._free.pop(i)[1]
         self.trim()  # or what is free would be in memory beside what is used instead
         at, wanted = self._size, -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
         os.ftruncate(self.fd, at + wanted)
@@ -104,16 +101,16 @@ class Arena:
 
     def keep(self, held: Collection[int]) -> None:
         """Say which pieces are in use; all others are free."""
-        self._free = set(self._pieces) - set(held)
+        self._free = sorted((len(self._pieces[at]), at) for at in self._pieces.keys() - set(held))
         self._open = -1
 
     def trim(self, size_max: int = 0) -> None:
         """Give back the memory of the pieces that are free, but of so many bytes of them."""
-        for at in sorted(self._free, key=lambda at: (len(self._pieces[at]), at)):
-            size_max -= len(self._pieces[at])
+        for size, at in self._free:
+            size_max -= size
             if size_max < 0:
                 self._pieces.pop(at).madvise(mmap.MADV_REMOVE)
-        self._free &= self._pieces.keys()
+        self._free = [(size, at) for size, at in self._free if at in self._pieces]
 
 
 class Window:

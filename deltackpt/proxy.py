@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from deltackpt.staging import Line, Look, Reusable
 from deltackpt.tree import Flat
 from deltackpt.types import Deferred, Tensor
 from deltackpt.wire import (
+    SIGNALS,
     Bare,
     Done,
     End,
@@ -91,13 +92,19 @@ class Proxy:
         here, there = Pipe()
         with there:
             fds = there.fileno(), self._arena.fd
-            code = _CODE.format(path=sys.path, wire=fds[0], arena=fds[1], pid=os.getpid())
-            process = Popen(
-                [sys.executable, "-P", "-c", code],
-                pass_fds=fds,
-                stdin=DEVNULL,
-                stdout=DEVNULL,  # or a reader of ours would wait for its end
-            )
+            path = [entry for entry in sys.path if isinstance(entry, str)]  # as imports take them
+            code = _CODE.format(path=path, wire=fds[0], arena=fds[1], pid=os.getpid())
+            # Until it ignores them: it inherits what is blocked.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                process = Popen(
+                    [sys.executable, "-P", "-c", code],
+                    pass_fds=fds,
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,  # or a reader of ours would wait for its end
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self._wire = Wire(here)
         self._process = process
         self._stop = weakref.finalize(self, _stop, self._wire, process, os.getpid())
@@ -105,7 +112,7 @@ class Proxy:
         self._seen = saver.memory or Memory()
         self.shadow_size = 0
         self.found_step: int | None = None
-        self._bare: list[Bare] = []
+        self._bare: list[Bare] | None = None
         self._is_open = self._has_ended = self._is_over = self._is_talking = False
         self._saver = saver
         self._send(Hello(store, saver.run, saver.shadow.size_max, saver.memory, saver.last_step))
@@ -148,7 +155,9 @@ class Proxy:
         self._tensors = flat.tensors
         bare = [(t.name, t.dtype, t.shape, t.framework) for t in flat.tensors]
         likest = self._saver.before(flat.tensors) if self._is_new else None
-        self._send(Plan(flat.structure, bare if bare != self._bare else None, likest))
+        plan = Plan(flat.structure, bare if bare != self._bare else None, likest)
+        self._bare = None  # until it is there
+        self._send(plan)
         self._bare = bare
         return self
 
@@ -196,24 +205,29 @@ class Proxy:
         """See `Line.end`."""
         self._flush()
         self._meter.resume()
-        self._send(End(self._meter.held()))
-        self._has_ended = True
+        end = End(self._meter.held())
+        self._has_ended = self._is_talking = True  # first: an interrupt finds it sent, or on its way
+        self._send(end)
         self._arena.trim()
         self._begin()
 
     def finish(self) -> SaveReport:
         """See `Background.finish`."""
-        done = self._answer(Done)
-        self._is_open = False
-        self._cuts.update(done.cuts)
-        seen = []
-        for at, tensor in enumerate(self._tensors):
-            if tensor.size:
-                seen.append(self._known(at, tensor))
-        self._seen = Memory(seen)
-        self._arena.keep(done.held)
-        self._arena.trim(self._copied_size)  # the next save may need as much, not what the first one did
-        self.shadow_size = done.shadow_size
+        try:
+            done = self._answer(Done)
+            self._saver.last_step = done.report.step  # for whoever saves when the other process is gone
+            self._cuts.update(done.cuts)
+            seen = []
+            for at, tensor in enumerate(self._tensors):
+                if tensor.size:
+                    seen.append(self._known(at, tensor))
+            self._seen = Memory(seen)
+            self._arena.keep(done.held)
+            self._arena.trim(self._copied_size)  # the next save may need as much, not what the first one did
+            self.shadow_size = done.shadow_size
+            self._is_open = False
+        finally:
+            self._drop()
         return done.report
 
     def _known(self, at: int, tensor: Tensor | Deferred) -> Known:
@@ -227,14 +241,21 @@ class Proxy:
         """See `Background.abort`."""
         if self.is_stopped() or not self._is_open:
             return
-        if self._is_talking:  # interrupted in a message, or before an answer: the next would be taken for it
+        try:
+            if not self._is_talking:
+                if not self._has_ended:
+                    self._send(Fail(f"{type(error).__name__}: {error}"))
+                self.finish()  # its answer must not be taken for one to the next save
+        except Exception as e:
+            log.debug("run %r: given up: %s", self._saver.run, e)
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        """End the other process if it is in a save still: its answer would be taken for one to the next."""
+        if self._is_open:
             self._process.kill()
             self.stop()
-            return
-        with suppress(Exception):
-            if not self._has_ended:
-                self._send(Fail(f"{type(error).__name__}: {error}"))
-            self.finish()  # its answer must not be taken for one to the next save
 
     def fail(self, error: BaseException) -> None:
         """See `Background.fail`: by then all is sent."""

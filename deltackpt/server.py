@@ -35,6 +35,7 @@ from deltackpt.store import open_store
 from deltackpt.tree import Flat
 from deltackpt.types import Deferred, Tensor, no_bytes
 from deltackpt.wire import (
+    SIGNALS,
     Bare,
     Done,
     End,
@@ -45,6 +46,7 @@ from deltackpt.wire import (
     Logged,
     Opened,
     Plan,
+    PromptWire,
     Settle,
     Settled,
     Wire,
@@ -83,10 +85,13 @@ class Server:
             try:
                 meter, saver = Meter(), self._opened()
                 session = saver.open(what)
+                opened = self._opening(saver, session)
             except Exception as e:
                 self._wire.send(Failed(portable(e), self._window.held()))
             else:
+                self._wire.send(opened)
                 self._wire.send(self._one(saver, session, what, meter))
+                del session  # with what it encoded into
 
     def _opened(self) -> Saver:
         if self._saver is None:
@@ -96,10 +101,18 @@ class Server:
             self._hello = hello._replace(memory=None)
         return self._saver
 
-    def _one(self, saver: Saver, session: Session, what: What, meter: Meter) -> Done | Failed:
+    def _opening(self, saver: Saver, session: Session) -> Opened:
         usable = reusable(session)
-        refused = [known.row.name for known in saver.memory or () if known.fingerprints and not usable(known)]
-        self._wire.send(Opened(refused, saver.found_step, saver.memory is None))
+        try:
+            refused = [
+                known.row.name for known in saver.memory or () if known.fingerprints and not usable(known)
+            ]
+        except BaseException:
+            session.abort()
+            raise
+        return Opened(refused, saver.found_step, saver.memory is None)
+
+    def _one(self, saver: Saver, session: Session, what: What, meter: Meter) -> Done | Failed:
         received = _Received(self._wire, self._window)
         try:
             return self._save(saver, session, received, what, meter)
@@ -112,7 +125,7 @@ class Server:
 
     def _save(self, saver: Saver, session: Session, received: _Received, what: What, meter: Meter) -> Done:
         plan: Plan = received.take()
-        self._bare = plan.tensors or self._bare
+        self._bare = self._bare if plan.tensors is None else plan.tensors
         flat = Flat(plan.structure, [Deferred(*bare, no_bytes) for bare in self._bare])
         memory = plan.likest or saver.memory or Memory()
 
@@ -181,7 +194,7 @@ class _Received:
             message = self._wire.receive()
             self._is_over = isinstance(message, End | Fail)
             if isinstance(message, Settle):
-                self._wire.send(Settled(None, []))
+                self._wire.send(Settled(None, self._window.held()))
 
 
 class _Sent(logging.Handler):
@@ -206,13 +219,13 @@ def _watch(parent: int) -> None:
 
 def main(wire_fd: int, arena_fd: int, parent: int) -> None:
     """Save for the process `parent`, until it wants no more or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Sent to a whole group of processes: the other one decides, and may want a last step saved.
+    for number in SIGNALS:  # which the other one blocked, until now
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with suppress(OSError):
         os.nice(_NICENESS)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    wire = Wire(Connection(wire_fd))
+    wire = PromptWire(Connection(wire_fd))
     log.addHandler(_Sent(wire))
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -478,6 +478,7 @@ class Session:
             return
         for *_, encoded in self._encoding:
             encoded.cancel()
+        self._batch, self._encoding = [], deque()  # they hold what was to be written
         try:
             if self._pack is not None:
                 self._pack.writer.abort()

@@ -13,13 +13,16 @@ Never  goes to anybody but the two: a socket pair that only they have, so that m
                                  <-         Done, or Failed
 
 Each answer may come after any number of Logged.  After an error the one that saves reads on to End or Fail,
-and answers only then: so neither ever waits for one that waits for it.
+and answers only then; what comes it takes in at once, also while it waits to get a Logged across: so neither
+ever waits for one that waits for it.
 """
 
 from __future__ import annotations
 
+import signal
 import threading
 import traceback
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from deltackpt.arena import Place
@@ -32,6 +35,9 @@ from deltackpt.types import Framework
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+#: Sent to a whole job: the process that trains decides, and may want a last step saved.
+_NAMES = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"}
+SIGNALS = frozenset(number for number in signal.Signals if number.name in _NAMES)
 #: Name, dtype, shape and framework of a tensor.
 Bare: TypeAlias = tuple[str, str, tuple[int, ...], Framework]
 
@@ -174,6 +180,35 @@ class Wire:
     def close(self) -> None:
         """Close this end."""
         self._connection.close()
+
+
+class PromptWire(Wire):
+    """An end that takes in what comes when it comes: the other never waits for what is done with it.
+
+    Parameters
+    ----------
+    connection : multiprocessing.connection.Connection
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=self._take_in, daemon=True).start()
+
+    def _take_in(self) -> None:
+        try:
+            while True:
+                self._queue.put(super().receive())
+        except BaseException as e:
+            self._queue.put(e)
+
+    def receive(self) -> Any:
+        """See `Wire.receive`."""
+        message = self._queue.get()
+        if isinstance(message, BaseException):
+            self._queue.put(message)  # for whoever asks again
+            raise message
+        return message
 
 
 def portable(error: BaseException) -> BaseException:

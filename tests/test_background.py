@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import suppress
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
 
-from deltackpt import errors, open_run, proxy
+from deltackpt import errors, last, open_run, proxy
 from deltackpt import run as runs
 from deltackpt.arena import Arena, Place, Window
 from deltackpt.backends.local import LocalBackend
@@ -29,7 +31,7 @@ from deltackpt.errors import (
 )
 from deltackpt.gc import collect
 from deltackpt.staging import Staging
-from deltackpt.wire import Found, portable
+from deltackpt.wire import Found, Logged, PromptWire, Settle, Wire, portable
 
 
 def weights(seed: int, n: int = 100_000) -> np.ndarray:
@@ -148,6 +150,15 @@ def test_what_cannot_be_saved_is_told_at_once(tmp_path):
         assert np.array_equal(run.load()["w"], weights(1))
 
 
+def test_a_state_without_arrays_has_none_of_the_step_before(tmp_path):
+    with open_run(tmp_path) as run:
+        run.save_async({"w": weights(0)}, step=0).wait()
+        run.save_async({"lr": 0.5}, step=1).wait()
+        assert (run.load(1), run.manifest(1).tensors) == ({"lr": 0.5}, [])
+        run.save_async({"w": weights(0)}, step=2).wait()
+        assert np.array_equal(run.load()["w"], weights(0))
+
+
 def test_an_error_is_told_once_and_the_run_goes_on(tmp_path):
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
@@ -190,6 +201,39 @@ def test_packs_that_gc_condemned_are_not_relied_on(tmp_path, sent):
         collect(run.store)
         collect(run.store)
         assert all(np.array_equal(run.load()[name], state[name]) for name in state)
+
+
+def test_neither_waits_for_the_other_however_much_is_logged():
+    """Both send more than a socket holds before they receive."""
+    left, right = Pipe()
+    trains, saves = Wire(left), PromptWire(right)
+
+    def save() -> None:
+        for _ in range(20_000):
+            saves.send(Logged(logging.WARNING, "stored whole"))
+        assert [saves.receive() for _ in range(20_000)] == [Settle()] * 20_000
+
+    def train() -> None:
+        for _ in range(20_000):
+            trains.send(Settle())
+        assert {trains.receive() for _ in range(20_000)} == {Logged(logging.WARNING, "stored whole")}
+
+    threads = [threading.Thread(target=end, daemon=True) for end in (save, train)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    trains.close()
+    for _ in range(2):  # whoever asks again is told again
+        with pytest.raises(EOFError):
+            saves.receive()
+
+
+def test_a_path_that_imports_pass_over_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    with open_run(tmp_path / "store") as run:
+        assert run.save_async({"w": weights(0)}, step=0).wait().step == 0
 
 
 # -- memory
@@ -246,6 +290,26 @@ def test_copies_stay_within_the_bound(tmp_path, monkeypatch):
     assert 18_000_000 < max(most) <= 24_000_000 + 8 * 4096
 
 
+def test_a_save_that_fails_in_a_wave_takes_nothing_of_the_shadow_and_keeps_no_copy(tmp_path, caplog):
+    state = {str(i): weights(i, 1_500_000) for i in range(8)}
+    with open_run(tmp_path, memory_max=24_000_000) as run:
+        run.save_async(state, step=0).wait()
+        arena = run._proxy._arena
+        held = len(arena._pieces) - len(arena._free)
+        state = {name: value * np.float32(1.0001) for name, value in state.items()}
+        (tmp_path / "packs").rename(tmp_path / "away")
+        (tmp_path / "tmp").rename(tmp_path / "no-tmp")
+        with pytest.raises(StorageError):
+            run.save_async(state, step=1).wait()
+        (tmp_path / "away").rename(tmp_path / "packs")
+        (tmp_path / "no-tmp").rename(tmp_path / "tmp")
+        assert len(arena._pieces) - len(arena._free) == held
+        run.save_async(state, step=2).wait()
+        assert "its shadow in memory has changed" not in caplog.text
+        found = run.load()
+        assert all(np.array_equal(found[name], state[name]) for name in state)
+
+
 def test_a_tensor_that_has_no_room_is_saved_by_a_thread(tmp_path):
     with open_run(tmp_path, memory_max=900_000) as run:
         run.save_async({"w": weights(0, 50_000)}, step=0).wait()
@@ -291,6 +355,18 @@ def test_a_process_that_was_killed_is_told_and_the_next_save_has_another(tmp_pat
         assert run._proxy.pid != pid
         assert run.steps() == [0, 2]
         assert np.array_equal(run.load()["w"], weights(1))
+
+
+def test_what_the_run_saved_itself_is_not_what_it_went_on_from(tmp_path):
+    with open_run(tmp_path, keep=last(1)) as run:
+        for step in range(2):
+            run.save_async({"w": weights(step)}, step=step).wait()
+        os.kill(run._proxy.pid, signal.SIGKILL)
+        with pytest.raises(StorageError):
+            run.save_async({"w": weights(2)}, step=2).wait()
+        for step in range(3, 5):
+            run.save_async({"w": weights(step)}, step=step).wait()
+        assert run.steps() == [4]
 
 
 def test_it_ends_with_the_run_or_when_that_is_forgotten(tmp_path):
@@ -350,18 +426,28 @@ def test_it_ends_with_the_process_it_saves_for(tmp_path, when):
 
 
 def test_signals_to_the_whole_group_do_not_end_a_save(tmp_path):
+    """Nor while the process that saves begins."""
     done = python(
         """
-        import os, signal, sys, numpy as np
+        import os, signal, subprocess, sys, numpy as np
         from deltackpt import open_run
         os.setpgrp()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        for number in numbers:
             signal.signal(number, lambda *_: None)
+
+        class Popen(subprocess.Popen):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                for number in numbers:
+                    os.killpg(0, number)
+
+        subprocess.Popen = Popen
         run = open_run(sys.argv[1])
         w = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)
         run.save_async({"w": w}, step=0).wait()
         pending = run.save_async({"w": w * np.float32(1.0001)}, step=1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in numbers:
             os.killpg(0, number)
         print(pending.wait().step)
         """,
@@ -403,6 +489,23 @@ def test_a_thread_that_cannot_be_started_leaves_no_answer_behind(tmp_path, monke
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 run.save_async({"w": weights(1)}, step=1)
         assert run.save_async({"w": weights(2)}, step=2).wait().step == 2
+        assert np.array_equal(run.load()["w"], weights(2))
+
+
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next(tmp_path, monkeypatch):
+    """An interrupt, and another one while the first is seen to."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with open_run(tmp_path) as run:
+        run.save_async({"w": weights(0)}, step=0).wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Staging, "stage", interrupted)
+            patch.setattr(proxy.Proxy, "finish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run.save_async({"w": weights(1)}, step=1)
+        assert run.save_async({"w": weights(2)}, step=2).wait(20).step == 2
         assert np.array_equal(run.load()["w"], weights(2))
 
 

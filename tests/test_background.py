@@ -290,21 +290,29 @@ def test_copies_stay_within_the_bound(tmp_path, monkeypatch):
     assert 18_000_000 < max(most) <= 24_000_000 + 8 * 4096
 
 
-def test_a_save_that_fails_in_a_wave_takes_nothing_of_the_shadow_and_keeps_no_copy(tmp_path, caplog):
+def test_a_save_that_fails_in_a_wave_leaves_the_shadow(tmp_path, monkeypatch, caplog):
+    line = proxy.Proxy.line
+
+    def without_room(*args):
+        (tmp_path / "tmp").rename(tmp_path / "away")
+        (tmp_path / "tmp").touch()
+        return line(*args)
+
     state = {str(i): weights(i, 1_500_000) for i in range(8)}
     with open_run(tmp_path, memory_max=24_000_000) as run:
         run.save_async(state, step=0).wait()
         arena = run._proxy._arena
         held = len(arena._pieces) - len(arena._free)
         state = {name: value * np.float32(1.0001) for name, value in state.items()}
-        (tmp_path / "packs").rename(tmp_path / "away")
-        (tmp_path / "tmp").rename(tmp_path / "no-tmp")
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy.Proxy, "line", without_room)
+            pending = run.save_async(state, step=1)
         with pytest.raises(StorageError):
-            run.save_async(state, step=1).wait()
-        (tmp_path / "away").rename(tmp_path / "packs")
-        (tmp_path / "no-tmp").rename(tmp_path / "tmp")
-        assert len(arena._pieces) - len(arena._free) == held
+            pending.wait()
+        (tmp_path / "tmp").unlink()
+        (tmp_path / "away").rename(tmp_path / "tmp")
         run.save_async(state, step=2).wait()
+        assert len(arena._pieces) - len(arena._free) == held
         assert "its shadow in memory has changed" not in caplog.text
         found = run.load()
         assert all(np.array_equal(found[name], state[name]) for name in state)

@@ -41,6 +41,7 @@ from deltackpt.wire import (
     Logged,
     Opened,
     Plan,
+    Ready,
     Settle,
     Settled,
     Wire,
@@ -80,7 +81,7 @@ class Proxy:
     Raises
     ------
     OSError
-        If no process can be started.
+        If no process can be started, or it ends before it can save.
     """
 
     def __init__(self, store: str, saver: Saver) -> None:
@@ -116,6 +117,7 @@ class Proxy:
         self._is_open = self._has_ended = self._is_over = self._is_talking = False
         self._saver = saver
         self._send(Hello(store, saver.run, saver.shadow.size_max, saver.memory, saver.last_step))
+        self._answer(Ready)
         saver.forget()
 
     @property
@@ -129,7 +131,9 @@ class Proxy:
         self._arena.close()
 
     def is_stopped(self) -> bool:
-        """Return whether it is gone."""
+        """Return whether it is gone; if it ended by itself, while nobody saved, that is no error."""
+        if self._process.poll() is not None:
+            self.stop()
         return not self._stop.alive
 
     # -- one save

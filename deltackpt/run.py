@@ -103,6 +103,7 @@ class Run:
         self._shadow_size_max = shadow if memory_max is None else min(shadow, memory_max // 3)
         self._saver = Saver(store, self.name, Shadow(self._shadow_size_max))
         self._proxy: Proxy | None = None
+        self._has_processes = True
         self._pendings: list[Pending] = []  # under way, or failed and not told
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -628,14 +629,15 @@ class Run:
         largest = max((tensor.size for tensor in tensors), default=0)
         # Beside what the shadow keeps of the last step, and of this one.
         room = math.inf if self.memory_max is None else self.memory_max - 2 * self._shadow_size_max
-        if where is None or largest > room:
+        if where is None or largest > room or not self._has_processes:
             self._stop_proxy()
             return InThread(self._saver)
         if self._proxy is None:
             try:
                 self._proxy = Proxy(where, self._saver)
             except OSError as e:
-                log.info("run %r: no process to save in: %s", self.name, e)
+                log.warning("run %r: a thread saves, since no process can be started: %s", self.name, e)
+                self._has_processes = False
                 return InThread(self._saver)
         return self._proxy
 

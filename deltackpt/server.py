@@ -47,6 +47,7 @@ from deltackpt.wire import (
     Opened,
     Plan,
     PromptWire,
+    Ready,
     Settle,
     Settled,
     Wire,
@@ -80,6 +81,7 @@ class Server:
 
     def serve(self) -> None:
         """Save one step after another, until an `EOFError` says that nobody wants more."""
+        self._wire.send(Ready())
         while True:
             what: What = self._wire.receive()
             try:
@@ -175,14 +177,14 @@ class _Received:
         self.energy = message.energy
 
     def _look(self, found: Found, given: Tensor | Deferred, memory: Memory) -> Look:
+        before = memory.same_place(given)
         if found.place is None:
-            nothing = Tensor(
-                given.name, given.dtype, given.shape, given.framework, np.broadcast_to(_ZERO, given.size)
-            )
-            return Look(found.at, nothing, memory.same_place(given), found.fingerprints, True, False)
+            assert before is not None, f"{given.name} is not known here"  # or zeros would be saved
+            zeros = np.broadcast_to(_ZERO, given.size)
+            nothing = Tensor(given.name, given.dtype, given.shape, given.framework, zeros)
+            return Look(found.at, nothing, before, found.fingerprints, True, False)
         self.changed.append(found.at)
         data = self._window.at(found.place)
-        before = memory.same_place(given)
         # What the process that trains has not seen yet, it has no fingerprints of.
         fingerprints = found.fingerprints or (fingerprint(data, before.ends) if before is not None else [])
         tensor = Tensor(given.name, given.dtype, given.shape, given.framework, data)

@@ -5,6 +5,7 @@ Never  goes to anybody but the two: a socket pair that only they have, so that m
 
     trains                                  saves
     Hello                        ->
+                                 <-         Ready
     What                         ->
                                  <-         Opened, or Failed
     Plan, Found..., Settle       ->
@@ -50,6 +51,10 @@ class Hello(NamedTuple):
     shadow_size_max: int
     memory: Memory | None
     last_step: int | None
+
+
+class Ready(NamedTuple):
+    """There is a process, and it can save."""
 
 
 class Opened(NamedTuple):

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import suppress
 from multiprocessing import Pipe
 
 import numpy as np
@@ -339,8 +338,9 @@ def test_only_what_another_process_can_open_is_saved_by_one(tmp_path, monkeypatc
     assert proxy.address(LocalBackend(tmp_path)) is None
 
 
-def test_a_run_does_without_if_no_process_can_be_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+@pytest.mark.parametrize("executable", ["/no/python", "/bin/false"])
+def test_a_run_does_without_if_no_process_can_be_started(tmp_path, monkeypatch, executable):
+    monkeypatch.setattr(sys, "executable", executable)
     with open_run(tmp_path / "store") as run:
         assert run.save_async({"w": weights(0)}, step=0).wait().step == 0
         assert run._proxy is None
@@ -349,27 +349,51 @@ def test_a_run_does_without_if_no_process_can_be_started(tmp_path, monkeypatch):
 # -- the end of either
 
 
-def test_a_process_that_was_killed_is_told_and_the_next_save_has_another(tmp_path):
+@pytest.fixture
+def kill_next(monkeypatch):
+    """Have the process that saves killed once it has opened its next session."""
+    line, armed = proxy.Proxy.line, []
+
+    def killed(self, *arguments):
+        if armed:
+            armed.clear()
+            os.kill(self.pid, signal.SIGKILL)
+        return line(self, *arguments)
+
+    monkeypatch.setattr(proxy.Proxy, "line", killed)
+    return lambda: armed.append(True)
+
+
+def test_a_process_that_was_killed_in_a_save_is_told_and_the_next_save_has_another(tmp_path, kill_next):
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
         pid = run._proxy.pid
-        os.kill(pid, signal.SIGSTOP)
-        with suppress(StorageError):  # perhaps it stops before it has opened the session
-            os.kill(pid, signal.SIGKILL)
-            pending = run.save_async({"w": weights(1)}, step=1)
-            with pytest.raises(StorageError, match=r"the process that saves ended by itself \(-9\)"):
-                pending.wait()
+        kill_next()
+        with pytest.raises(StorageError, match=r"the process that saves ended by itself \(-9\)"):
+            run.save_async({"w": weights(1)}, step=1).wait()
         assert run.save_async({"w": weights(1)}, step=2).wait().step == 2
         assert run._proxy.pid != pid
         assert run.steps() == [0, 2]
         assert np.array_equal(run.load()["w"], weights(1))
 
 
-def test_what_the_run_saved_itself_is_not_what_it_went_on_from(tmp_path):
+def test_one_that_was_killed_while_nobody_saved_is_replaced(tmp_path):
+    with open_run(tmp_path) as run:
+        run.save_async({"w": weights(0)}, step=0).wait()
+        process = run._proxy._process
+        process.kill()
+        while process.poll() is None:
+            time.sleep(0.01)
+        assert run.save_async({"w": weights(1)}, step=1).wait().step == 1
+        assert run._proxy.pid != process.pid
+        assert np.array_equal(run.load()["w"], weights(1))
+
+
+def test_what_the_run_saved_itself_is_not_what_it_went_on_from(tmp_path, kill_next):
     with open_run(tmp_path, keep=last(1)) as run:
         for step in range(2):
             run.save_async({"w": weights(step)}, step=step).wait()
-        os.kill(run._proxy.pid, signal.SIGKILL)
+        kill_next()
         with pytest.raises(StorageError):
             run.save_async({"w": weights(2)}, step=2).wait()
         for step in range(3, 5):

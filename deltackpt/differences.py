@@ -333,17 +333,8 @@ def ungroup_ref(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, 
     return True
 
 
-def count_changed(data: U8, base: U8, form: Form) -> int:
-    """Return how many elements differ from the base's, cast but not scaled."""
-    _check(data, base, form)
-    if _native is None:
-        return count_changed_ref(data, base, form)
-    n: int = _native.count_changed(data, base, form.itemsize, form.cast)
-    return n
-
-
 def count_changed_ref(data: U8, base: U8, form: Form) -> int:
-    """The NumPy twin of `count_changed`."""
+    """Return how many elements differ from the base's, cast but not scaled: a part of `group_all_ref`."""
     same = data.view(_uint(form.itemsize)) == _prepared(base, form._replace(scale=1.0))
     return int(same.size - np.count_nonzero(same))
 

@@ -65,6 +65,11 @@ class Delta(NamedTuple):
     packed: U8
 
 
+def counted(chunk: U8, base: U8, itemsize: int) -> differences.Pair:
+    """A pair of which only the elements that differ are counted, however many they are."""
+    return differences.Pair(chunk, base, Form(itemsize, SUB), chunk[:0].copy(), chunk.size // itemsize)
+
+
 @functools.lru_cache(1)  # made while warming up: no pass is timed while it makes its input
 def deltas(size: int, itemsize: int, share: float) -> list[Delta]:
     """Chunks of which about `share` of the elements are a step away from the base's."""
@@ -74,7 +79,8 @@ def deltas(size: int, itemsize: int, share: float) -> list[Delta]:
     made = []
     for start in range(0, size, CHUNK_SIZE):
         chunk, old = (a[start : start + CHUNK_SIZE] for a in (data, base))
-        n_changed = differences.count_changed(chunk, old, Form(itemsize, SUB))
+        [n_changed] = differences.group_all([counted(chunk, old, itemsize)])
+        assert isinstance(n_changed, int)
         places, packed = np.empty(chunk.size, np.uint8), np.empty(n_changed * itemsize, np.uint8)
         n = differences.take(chunk, old, Form(itemsize, SUB), bitmap=False, places=places, packed=packed)
         made.append(Delta(chunk, old, places[:n].copy(), packed))
@@ -130,9 +136,10 @@ def ungroup_all_ref(planed: list[differences.Planed]) -> list[bool]:
     return [differences.ungroup_ref(*one) for one in planed]
 
 
-def count_pass(data: U8, itemsize: int, count: Callable[..., Any]) -> None:
-    for d in deltas(data.size, itemsize, SPARSE_SHARE):
-        count(d.chunk, d.base, Form(itemsize, SUB))
+def count_pass(data: U8, itemsize: int, group_all: Callable[..., Any]) -> None:
+    pairs = [counted(d.chunk, d.base, itemsize) for d in deltas(data.size, itemsize, SPARSE_SHARE)]
+    for i in range(0, len(pairs), N_TOGETHER):
+        group_all(pairs[i : i + N_TOGETHER])
 
 
 def take_pass(data: U8, itemsize: int, take: Callable[..., Any]) -> None:
@@ -163,7 +170,7 @@ CASES: list[
     *(("join_planes", join_pass, w, kernels.join_planes, kernels.join_planes_ref) for w in (1, 2, 4, 8)),
     *(("delta group", group_pass, w, differences.group_all, differences.group_all_ref) for w in (2, 4, 8)),
     *(("delta ungroup", ungroup_pass, w, differences.ungroup_all, ungroup_all_ref) for w in (2, 4, 8)),
-    *(("count", count_pass, w, differences.count_changed, differences.count_changed_ref) for w in (2, 4)),
+    *(("count", count_pass, w, differences.group_all, differences.group_all_ref) for w in (2, 4)),
     *(("sparse take", take_pass, w, differences.take, differences.take_ref) for w in (2, 4)),
     *(("sparse put", put_pass, w, differences.put, differences.put_ref) for w in (2, 4)),
     ("entropy", entropy_pass, 4, kernels.entropy, kernels.entropy_ref),

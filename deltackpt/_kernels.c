@@ -1534,26 +1534,6 @@ static PyObject *py_delta_ungroup(PyObject *self, PyObject *args)
     return found;
 }
 
-static PyObject *py_count_changed(PyObject *self, PyObject *args)
-{
-    Py_buffer data, base;
-    Py_ssize_t width, n;
-    size_t changed = 0;
-    int cast;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "y*y*ni:count_changed", &data, &base, &width, &cast))
-        return NULL;
-    n = fitting(&data, &base, width, MAP_INT, cast);
-    if (n >= 0) {
-        Py_BEGIN_ALLOW_THREADS
-        changed = BY_WIDTH(count_changed, data.buf, base.buf, (size_t)n, cast, SIZE_MAX);
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&data);
-    PyBuffer_Release(&base);
-    return n < 0 ? bad_delta() : PyLong_FromSize_t(changed);
-}
-
 static PyObject *py_sparse_take(PyObject *self, PyObject *args)
 {
     Py_buffer data, base, places, packed;
@@ -1631,7 +1611,6 @@ static PyMethodDef methods[] = {
      "delta_group(of (data, base, out, itemsize, map, cast, scale, sparse_max) each, table, n_samples) -> list"},
     {"delta_ungroup", py_delta_ungroup, METH_VARARGS,
      "delta_ungroup(of (planes, base, out, itemsize, map, cast, scale, classes) each) -> list of bool"},
-    {"count_changed", py_count_changed, METH_VARARGS, "count_changed(data, base, itemsize, cast) -> n"},
     {"sparse_take", py_sparse_take, METH_VARARGS,
      "sparse_take(data, base, places, packed, itemsize, map, cast, bitmap) -> n_places"},
     {"sparse_put", py_sparse_put, METH_VARARGS,

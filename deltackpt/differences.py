@@ -208,7 +208,7 @@ def group_all(pairs: Sequence[Pair]) -> list[Grouped | int]:
     """
     for pair in pairs:
         _check(pair.data, pair.base, pair.form)
-    if _native is None:
+    if _native is None or not pairs:  # a call for nothing too lets go of the lock, and waits for it
         return group_all_ref(pairs)
     items = tuple(
         (data, base, out, form.itemsize, form.map, form.cast, form.scale, n_few)
@@ -302,7 +302,7 @@ def ungroup_all(planed: Sequence[Planed]) -> list[bool]:
             p is not None and p.size != size for p, size in zip(one.planes, sizes, strict=True)
         ):
             raise InvalidInputError(f"difference: {len(one.planes)} planes do not give {one.of}")
-    if _native is None:
+    if _native is None or not planed:
         return [ungroup_ref(*one) for one in planed]
     items = tuple(
         (tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale, of)
@@ -333,17 +333,8 @@ def ungroup_ref(planes: Sequence[U8 | None], base: U8, form: Form, of: Classes, 
     return True
 
 
-def count_changed(data: U8, base: U8, form: Form) -> int:
-    """Return how many elements differ from the base's, cast but not scaled."""
-    _check(data, base, form)
-    if _native is None:
-        return count_changed_ref(data, base, form)
-    n: int = _native.count_changed(data, base, form.itemsize, form.cast)
-    return n
-
-
 def count_changed_ref(data: U8, base: U8, form: Form) -> int:
-    """The NumPy twin of `count_changed`."""
+    """Return how many elements differ from the base's, cast but not scaled: a part of `group_all_ref`."""
     same = data.view(_uint(form.itemsize)) == _prepared(base, form._replace(scale=1.0))
     return int(same.size - np.count_nonzero(same))
 

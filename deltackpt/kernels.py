@@ -518,7 +518,7 @@ def move(moves: Sequence[Move]) -> None:
     >>> out.tolist()
     [2, 3, 4, 120]
     """
-    if _native is None:
+    if _native is None or not moves:
         move_ref(moves)
         return
     try:

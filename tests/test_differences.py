@@ -9,6 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from coded import n_changed, payload_of, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,15 +89,15 @@ def test_a_chunk_comes_back_whatever_its_base_and_mode(case: tuple[U8, Kind, Bas
 @given(cases(), MODES, st.sampled_from(sorted(DELTAS)))
 def test_c_and_numpy_write_and_read_the_same_payload(case: tuple[U8, Kind, Base], mode: Mode, codec: int):
     data, kind, base = case
-    changed = codecs.sparse.n_changed(data, kind, base)
+    changed = n_changed(data, kind, base)
     if codec == codecs.sparse.NUMBER and changed > data.size // kind.itemsize // 2:
         return
-    payload = bytes(DELTAS[codec].encode(data, kind, base, mode))
+    payload = bytes(payload_of(codec, data, kind, base, mode))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(differences, "_native", None)
         patch.setattr(kernels, "_native", None)
-        assert bytes(DELTAS[codec].encode(data, kind, base, mode)) == payload
-        assert codecs.sparse.n_changed(data, kind, base) == changed
+        assert bytes(payload_of(codec, data, kind, base, mode)) == payload
+        assert n_changed(data, kind, base) == changed
         twin = np.empty_like(data)
         codecs.decode(codec, np.frombuffer(payload, np.uint8), kind.itemsize, twin, "here", base.data)
     out = np.empty_like(data)
@@ -110,10 +111,10 @@ def test_a_changed_payload_or_base_decodes_or_is_a_format_error(
     case: tuple[U8, Kind, Base], mode: Mode, codec: int, draw: st.DataObject
 ):
     data, kind, base = case
-    changed = codecs.sparse.n_changed(data, kind, base)
+    changed = n_changed(data, kind, base)
     if codec == codecs.sparse.NUMBER and changed > data.size // kind.itemsize // 2:
         return
-    payload = np.array(DELTAS[codec].encode(data, kind, base, mode))
+    payload = np.array(payload_of(codec, data, kind, base, mode))
     for _ in range(draw.draw(st.integers(0, 3))):
         payload[draw.draw(st.integers(0, payload.size - 1))] = draw.draw(st.integers(0, 255))
     payload = payload[: draw.draw(st.integers(0, payload.size) | st.just(payload.size))]
@@ -127,7 +128,7 @@ def test_a_changed_payload_or_base_decodes_or_is_a_format_error(
 
 def test_a_delta_without_its_base_and_a_whole_chunk_with_one_are_damage():
     data = np.zeros(8, np.uint8)
-    payload = DELTAS[3].encode(data, Kind(4, True), Base(data), Mode(SUB))
+    payload = payload_of(3, data, Kind(4, True), Base(data), Mode(SUB))
     with pytest.raises(CorruptError, match="delta-dense without a base"):
         codecs.decode(3, payload, 4, data.copy(), "here")
     with pytest.raises(CorruptError, match="raw with a base"):
@@ -384,8 +385,8 @@ def test_the_mode_of_one_chunk_serves_its_tensor():
 @given(cases(), MODES)
 def test_a_size_that_is_only_tried_is_the_payloads(case: tuple[U8, Kind, Base], mode: Mode):
     data, kind, base = case
-    split = codecs.dense.split(data, kind, base, mode, np.empty(codecs.room(data.size), np.uint8))
-    assert codecs.coder.stored_size(split) == codecs.coder.encode_all([split])[0].size
+    planes = split(codecs.dense.NUMBER, data, kind, base, mode)
+    assert codecs.coder.stored_size(planes) == codecs.coder.encode_all([planes])[0].size
 
 
 def test_what_is_like_nothing_in_the_base_is_stored_whole():
@@ -439,7 +440,6 @@ def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
         lambda: ungroup([], eight, Form(4, SUB), {}, np.empty(8, np.uint8)),
         lambda: ungroup([], eight, Form(4, SUB), {5: 2}, np.empty(8, np.uint8)),
         lambda: ungroup([None] * 5, eight, Form(4, SUB), {4: 1, 0: 1}, np.empty(8, np.uint8)),
-        lambda: differences.count_changed(four, eight, Form(4, SUB)),
         lambda: differences.take(
             eight, eight, Form(4, SUB, scale=0.5), bitmap=True, places=eight.copy(), packed=four[:0]
         ),
@@ -454,37 +454,68 @@ def test_forms_and_sizes_that_do_not_fit_are_refused(native, monkeypatch):
             call()
 
 
-@needs_native
-def test_a_batch_takes_as_many_native_calls_as_one_chunk(monkeypatch):
-    """Each lets go of the interpreter's lock and has to wait for it again."""
-    rng = np.random.default_rng(0)
-    old = (rng.standard_normal(8 * 16384) * 0.02).astype(np.float32)
-    new = (old * (1 + 1e-3 * rng.standard_normal(old.size))).astype(np.float32)
-    pairs = zip(np.split(new.view(np.uint8), 8), np.split(old.view(np.uint8), 8), strict=True)
-    chunks = [
-        Chunk(a, Kind(4, True), np.empty(codecs.room(a.size), np.uint8), Base(b), Mode(SUB)) for a, b in pairs
-    ]
-    native, called = kernels.native(), []
+@pytest.fixture
+def called(monkeypatch) -> list[str]:
+    """The native kernels that are called: each lets go of the interpreter's lock and waits for it."""
+    native, names = kernels.native(), []
 
     class Counted:
         def __getattr__(self, name):
-            called.append(name)
+            names.append(name)
             return getattr(native, name)
 
     monkeypatch.setattr(differences, "_native", Counted())
     monkeypatch.setattr(kernels, "_native", Counted())
-    for n in (1, 8):
-        called.clear()
-        encoded = codecs.encode_all(chunks[:n])
-        assert {codec for codec, _ in encoded} == {codecs.dense.NUMBER}
-        assert called == ["delta_group", "are_equal", "move"]
-        called.clear()
-        packed = [
-            codecs.Packed(3, np.asarray(p), 4, c.data.size, "")
-            for c, (_, p) in zip(chunks, encoded, strict=False)
-        ]
-        outs = [np.empty_like(c.data) for c in chunks[:n]]
-        todo = zip(packed, codecs.unpack(packed), outs, chunks, strict=False)
-        codecs.join_all([codecs.Job(p, planes, out, c.base.data) for p, planes, out, c in todo])
-        assert all((out == c.data).all() for out, c in zip(outs, chunks, strict=False))
-        assert called == ["delta_ungroup"]
+    return names
+
+
+def decode_all(encoded, chunks):
+    """Decode chunks of float32 together, and return whether they are what they were."""
+    packed = [
+        codecs.Packed(codec, np.asarray(payload), 4, chunk.data.size, "")
+        for chunk, (codec, payload) in zip(chunks, encoded, strict=True)
+    ]
+    jobs = [
+        codecs.Job(one, planes, np.empty_like(chunk.data), chunk.base and chunk.base.data)
+        for one, planes, chunk in zip(packed, codecs.unpack(packed), chunks, strict=True)
+    ]
+    codecs.join_all(jobs)
+    return all((job.out == chunk.data).all() for job, chunk in zip(jobs, chunks, strict=True))
+
+
+def some_chunks(n, data, base=None):
+    buffers = [np.empty(codecs.room(part.size), np.uint8) for part in np.split(data, n)]
+    bases = [None] * n if base is None else map(Base, np.split(base, n))
+    parts = zip(np.split(data, n), buffers, bases, strict=True)
+    return [Chunk(part, Kind(4, True), buffer, base, Mode(SUB)) for part, buffer, base in parts]
+
+
+@needs_native
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_batch_of_deltas_takes_as_many_native_calls_as_one(n, called):
+    rng = np.random.default_rng(0)
+    old = (rng.standard_normal(n * 16384) * 0.02).astype(np.float32)
+    new = (old * (1 + 1e-3 * rng.standard_normal(old.size))).astype(np.float32)
+    chunks = some_chunks(n, new.view(np.uint8), old.view(np.uint8))
+    encoded = codecs.encode_all(chunks)
+    assert {codec for codec, _ in encoded} == {codecs.dense.NUMBER}
+    assert called == ["delta_group", "are_equal", "move"]
+    called.clear()
+    assert decode_all(encoded, chunks)
+    assert called == ["delta_ungroup"]
+
+
+@needs_native
+@pytest.mark.parametrize("codec", [codecs.planes.NUMBER, codecs.raw.NUMBER])
+def test_where_there_is_no_delta_no_kernel_of_deltas_is_called(codec, called):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, 8 * 65536, np.uint8)
+    weights = (rng.standard_normal(8 * 16384) * 0.02).astype(np.float32).view(np.uint8)
+    is_raw = codec == codecs.raw.NUMBER
+    chunks = some_chunks(8, noise if is_raw else weights)
+    encoded = codecs.encode_all(chunks)
+    assert {number for number, _ in encoded} == {codec}
+    assert called == [*["split_planes", "entropies"] * 8, *([] if is_raw else ["are_equal", "move"])]
+    called.clear()
+    assert decode_all(encoded, chunks)
+    assert called == ([] if is_raw else ["join_planes"] * 8)

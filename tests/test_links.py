@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from blake3 import blake3
+from coded import payload_of
 from deltas import nearly
 from faults import contents, memory_of
 from steps import floats, noise
@@ -174,8 +175,8 @@ def test_a_record_that_its_row_does_not_describe_is_refused():
 def payloads(n):
     base = floats(0, 2000)
     moved = [nearly(base, seed) for seed in range(n)]
-    kinds = [codecs.dense.encode(a.view("u1"), F4, Base(base.view("u1")), Mode(1)) for a in moved]
-    whole = [codecs.planes.encode(a.view("u1"), F4) for a in moved]
+    kinds = [payload_of(3, a.view("u1"), F4, Base(base.view("u1")), Mode(1)) for a in moved]
+    whole = [payload_of(2, a.view("u1"), F4) for a in moved]
     packed = [Packed(3, np.array(p), 4, 8000, f"delta {i}") for i, p in enumerate(kinds)]
     packed += [Packed(2, np.array(p), 4, 8000, f"whole {i}") for i, p in enumerate(whole)]
     return base, moved, packed
@@ -203,11 +204,11 @@ def test_links_of_a_chain_are_joined_in_their_order_in_two_places_by_turns(n_tai
         data[-1][: 8000 - 4000 * (n_tail > 0)].view("<u4")[:] += rng.integers(0, 9, 1, np.uint32)
         data[-1][8000:] += 1
     links = [
-        Packed(3, codecs.dense.encode(new, F4, Base(old), Mode(0)), 4, new.size, "here")
+        Packed(3, payload_of(3, new, F4, Base(old), Mode(0)), 4, new.size, "here")
         for old, new in pairwise(data)
     ]
     # The last is compared with all of the one before, its tail too: that must not be a later one's by then.
-    last = codecs.dense.encode(data[-1], F4, Base(data[-2], n_tail), Mode(0))
+    last = payload_of(3, data[-1], F4, Base(data[-2], n_tail), Mode(0))
     links[-1] = Packed(3, last, 4, data[0].size, "here")
     places = [np.zeros(data[0].size, np.uint8) for _ in "ab"]
     jobs, base = [], data[0]

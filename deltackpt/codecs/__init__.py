@@ -14,21 +14,18 @@ from typing import NamedTuple, Protocol
 from deltackpt.codecs import coder, dense, encoder, lz4, planes, raw, sparse
 from deltackpt.codecs.chunk import WHOLE, Base, Chunk, Encoded, Kind, Mode
 from deltackpt.codecs.encoder import best_mode, encode, encode_all, room
-from deltackpt.differences import F32_BF16, F32_F16, F64_F32, Planed, cast
+from deltackpt.differences import F32_BF16, F32_F16, F64_F32, Planed, cast, ungroup_all
 from deltackpt.errors import CorruptError, UnsupportedVersionError
 from deltackpt.types import U8
 
 __all__ = [
     "CASTS",
-    "CODECS",
     "DELTAS",
     "ITEMSIZES",
     "NAMES",
     "WHOLE",
     "Base",
     "Chunk",
-    "Codec",
-    "DeltaCodec",
     "Encoded",
     "Job",
     "Kind",
@@ -52,52 +49,33 @@ __all__ = [
 ]
 
 
-class Codec(Protocol):
-    """What the module of a codec offers that needs no base."""
+class PlainCodec(Protocol):
+    """What the module of a codec offers whose payload is no planes."""
 
     NUMBER: int
     NAME: str
 
     @staticmethod
-    def encode(data: U8, kind: Kind) -> bytes | U8:
-        """Return the payload, larger than `data` or not."""
-
-    @staticmethod
-    def decode(payload: U8, itemsize: int, out: U8) -> None:
+    def decode(payload: U8, out: U8) -> None:
         """Fill `out` exactly, or raise `CorruptError`."""
-
-
-class DeltaCodec(Protocol):
-    """What the module of a codec offers whose payload is of use only with the base's bytes."""
-
-    NUMBER: int
-    NAME: str
-
-    @staticmethod
-    def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
-        """Return the payload, larger than `data` or not."""
-
-    @staticmethod
-    def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
-        """Fill `out` exactly, or raise `CorruptError`."""
-
-    @staticmethod
-    def join(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> None:
-        """Do the part of `decode` that is left once the planes are decoded."""
 
 
 class PlanedCodec(Protocol):
     """What the module of a codec offers whose payload is planes as in coder.py."""
+
+    NUMBER: int
+    NAME: str
 
     @staticmethod
     def table(payload: U8, itemsize: int, size: int) -> coder.Table:
         """Return what the payload of a chunk of `size` bytes is to hold, or raise `CorruptError`."""
 
 
-CODECS: dict[int, Codec] = {c.NUMBER: c for c in (raw, lz4, planes)}  # type: ignore[misc]
-DELTAS: dict[int, DeltaCodec] = {c.NUMBER: c for c in (dense, sparse)}  # type: ignore[misc]
+_PLAIN: dict[int, PlainCodec] = {c.NUMBER: c for c in (raw, lz4)}  # type: ignore[misc]
 _PLANED: dict[int, PlanedCodec] = {c.NUMBER: c for c in (planes, dense, sparse)}  # type: ignore[misc]
-NAMES = {number: codec.NAME for number, codec in (CODECS | DELTAS).items()}
+#: Those whose payload is of use only with the base's bytes.
+DELTAS = frozenset({dense.NUMBER, sparse.NUMBER})
+NAMES = {number: codec.NAME for number, codec in (_PLAIN | _PLANED).items()}
 ITEMSIZES = (1, 2, 4, 8)
 #: (dtype of the base, dtype of the chunk) -> how the one is made the other.
 CASTS = {
@@ -202,22 +180,26 @@ def join_all(jobs: Sequence[Job]) -> None:
             waiting = []
         try:
             if job.planes is None:
-                CODECS[codec].decode(payload, itemsize, job.out)
+                _PLAIN[codec].decode(payload, job.out)
             elif job.base is None:
                 planes.join(job.planes, itemsize, job.out)
             elif codec == dense.NUMBER:
                 waiting.append((job, dense.planed(job.planes, itemsize, job.out, job.base)))
             else:
-                DELTAS[codec].join(job.planes, itemsize, job.out, job.base)
+                sparse.join(job.planes, itemsize, job.out, job.base)
         except CorruptError as e:
             raise CorruptError(f"{where}: {NAMES[codec]}: {e.message}") from e
     _ungroup(waiting)
 
 
 def _ungroup(waiting: list[tuple[Job, Planed]]) -> None:
-    for (job, _), wrong in zip(waiting, dense.ungroup_all([one for _, one in waiting]), strict=True):
-        if wrong:
-            raise CorruptError(f"{job.packed.where}: {dense.NAME}: {wrong}")
+    fits = ungroup_all([planed for _, planed in waiting])
+    for (job, planed), is_good in zip(waiting, fits, strict=True):
+        if not is_good:
+            n = planed.out.size // planed.form.itemsize
+            raise CorruptError(
+                f"{job.packed.where}: {dense.NAME}: the classes of {n} elements are not {planed.of}"
+            )
 
 
 def decode(codec: int, payload: U8, itemsize: int, out: U8, where: str, base: U8 | None = None) -> None:

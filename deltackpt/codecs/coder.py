@@ -240,22 +240,16 @@ class Planes(NamedTuple):
     tail: U8
 
 
-def decode(payload: U8, table: Table) -> Planes:
-    """Return the planes of a payload, and its tail; raw ones are views of it.
+def decode_all(payloads: Sequence[tuple[U8, Table]]) -> list[Planes]:
+    """Return the planes of each payload, and its tail; raw ones are views of it.
+
+    All frames are given to zstd in one call, as in `encode_all`.  What follows a frame inside its plane is
+    refused only where they are few: that the planes are right is for the chunk's id to tell.
 
     Raises
     ------
     CorruptError
-        If it does not have exactly these; every size is checked before it is used.
-    """
-    return decode_all([(payload, table)])[0]
-
-
-def decode_all(payloads: Sequence[tuple[U8, Table]]) -> list[Planes]:
-    """Return what `decode` does of each, all frames given to zstd in one call, as in `encode_all`.
-
-    What follows a frame inside its plane is refused only where they are few: that the planes are right is
-    for the chunk's id to tell.
+        If one does not have exactly what its table says; every size is checked before it is used.
     """
     found: list[Planes] = []
     frames: list[Any] = []

@@ -4,8 +4,8 @@
     | n: u32 for each bit of `lengths` | planes as in coder.py | tail
 
 Bit l of `lengths`: there are differences stored with l bytes, n of them.  The planes are those of
-differences.group.  Where most differences have two bytes and some three, the third byte of those few costs
-its own entropy and a bit for each of all, which is less than a plane of bytes that are mostly zero.
+differences.group_all.  Where most differences have two bytes and some three, the third byte of those few
+costs its own entropy and a bit for each of all, which is less than a plane of bytes that are mostly zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from deltackpt import differences
 from deltackpt.codecs import coder
-from deltackpt.codecs.chunk import Base, Chunk, Kind, Mode
+from deltackpt.codecs.chunk import Base, Chunk, Kind
 from deltackpt.differences import N_CLASSES_MAX, Form
 from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.types import U8
@@ -83,23 +81,6 @@ def _split(chunk: Chunk, pair: differences.Pair, grouped: differences.Grouped) -
     return Differences(coder.Split(head, planes, grouped.bits, tail, chunk.buffer), grouped.data_bits)
 
 
-def split(data: U8, kind: Kind, base: Base, mode: Mode, buffer: U8) -> coder.Split:
-    """Split the differences of one chunk."""
-    [found] = split_all([Chunk(data, kind, buffer, base, mode)])
-    assert not isinstance(found, int)
-    return found.split
-
-
-def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
-    """Return the payload, larger than `data` or not."""
-    return coder.encode_all([split(data, kind, base, mode, np.empty(coder.room(data.size), np.uint8))])[0]
-
-
-def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
-    """Undo `encode`, given the base chunk's bytes."""
-    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out, base)
-
-
 def table(payload: U8, itemsize: int, size: int) -> coder.Table:
     """Return what a payload is to hold if it is of a chunk of `size` bytes."""
     if payload.size < _HEAD.size:
@@ -125,21 +106,6 @@ def planed(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> differences
     old = compared(base, offset, n, form)
     out[n * itemsize :] = coded.tail
     return differences.Planed(coded.planes, old, form, of, out[: n * itemsize])
-
-
-def ungroup_all(planed: Sequence[differences.Planed]) -> list[str | None]:
-    """Do that for many, in their order, and return what is wrong with each."""
-    return [
-        None if fits else f"the classes of {one.out.size // one.form.itemsize} elements are not {one.of}"
-        for one, fits in zip(planed, differences.ungroup_all(planed), strict=True)
-    ]
-
-
-def join(coded: coder.Planes, itemsize: int, out: U8, base: U8) -> None:
-    """Fill `out` from a payload's planes and the base chunk's bytes."""
-    [wrong] = ungroup_all([planed(coded, itemsize, out, base)])
-    if wrong:
-        raise CorruptError(wrong)
 
 
 def checked(form: Form) -> Form:

@@ -106,10 +106,10 @@ def _deltas(chunks: Sequence[Chunk]) -> list[_Attempt]:
 def _whole(chunk: Chunk) -> _Attempt | Encoded:
     data, kind, buffer, *_ = chunk
     split = planes.split(data, kind, buffer)
-    number = choose(data, kind, split)
+    number = choose(data, split)
     if number == planes.NUMBER:
         return _Attempt(number, split)
-    payload = lz4.encode(data, kind) if number == lz4.NUMBER else data
+    payload = lz4.encode(data) if number == lz4.NUMBER else data
     if len(payload) > (1 - _GAIN_MIN) * data.size:
         number, payload = raw.NUMBER, data
     return Encoded(number, payload)
@@ -188,7 +188,7 @@ def _floats(elements: U8, itemsize: int) -> np.ndarray[tuple[int], np.dtype[np.f
     return flat.view(f"<f{itemsize}").astype(np.float64)
 
 
-def choose(data: U8, kind: Kind, split: coder.Split) -> int:
+def choose(data: U8, split: coder.Split) -> int:
     """Return the number of the codec that should pay most on a whole chunk, given its planes.
 
     Byte planes are judged by the entropy of each plane, lz4 by trying it on a sample: it wins where bytes
@@ -198,7 +198,7 @@ def choose(data: U8, kind: Kind, split: coder.Split) -> int:
     by_lz4 = 1.0
     if not planes.has_noise(split):
         sample = _sample(data)
-        by_lz4 = len(lz4.encode(sample, kind)) / max(1, sample.size)
+        by_lz4 = len(lz4.encode(sample)) / max(1, sample.size)
     if min(by_planes, by_lz4) > 1 - _GAIN_MIN:
         return raw.NUMBER
     return lz4.NUMBER if by_lz4 < by_planes else planes.NUMBER

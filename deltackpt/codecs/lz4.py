@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import lz4.block
 import numpy as np
@@ -11,16 +10,13 @@ import numpy as np
 from deltackpt.errors import CorruptError
 from deltackpt.types import U8
 
-if TYPE_CHECKING:
-    from deltackpt.codecs.chunk import Kind
-
 log = logging.getLogger("deltackpt")
 
 NUMBER = 1
 NAME = "lz4"
 
 
-def encode(data: U8, kind: Kind) -> bytes:
+def encode(data: U8) -> bytes:
     """Return an lz4 block without the size in front, decoded again before anybody relies on it."""
     block: bytes = lz4.block.compress(data, store_size=False)
     whole = data.tobytes()
@@ -33,7 +29,7 @@ def encode(data: U8, kind: Kind) -> bytes:
     return whole
 
 
-def decode(payload: U8, itemsize: int, out: U8) -> None:
+def decode(payload: U8, out: U8) -> None:
     """Decompress exactly `out.size` bytes."""
     try:
         data = lz4.block.decompress(payload, uncompressed_size=out.size)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import struct
 import threading
 
-import numpy as np
-
 from deltackpt import kernels
 from deltackpt.codecs import coder
 from deltackpt.codecs.chunk import Kind
@@ -53,16 +51,6 @@ def split(data: U8, kind: Kind, buffer: U8) -> coder.Split:
 def has_noise(planes: coder.Split) -> bool:
     """Return whether some plane is noise: then no bytes repeat across elements, and lz4 cannot win."""
     return any(bits > coder.NOISE_BITS for bits in planes.bits)
-
-
-def encode(data: U8, kind: Kind) -> U8:
-    """Return the planes' payload."""
-    return coder.encode_all([split(data, kind, np.empty(coder.room(data.size), np.uint8))])[0]
-
-
-def decode(payload: U8, itemsize: int, out: U8) -> None:
-    """Undo `encode`; every size is checked before it is used."""
-    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out)
 
 
 def table(payload: U8, itemsize: int, size: int) -> coder.Table:

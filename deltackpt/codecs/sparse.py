@@ -16,7 +16,7 @@ import numpy as np
 
 from deltackpt import differences, kernels
 from deltackpt.codecs import coder
-from deltackpt.codecs.chunk import Base, Chunk, Kind, Mode
+from deltackpt.codecs.chunk import Chunk
 from deltackpt.codecs.dense import checked, compared, part
 from deltackpt.differences import Form
 from deltackpt.errors import CorruptError, InvalidInputError
@@ -45,15 +45,6 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def n_changed(data: U8, kind: Kind, base: Base) -> int | None:
-    """Return how many whole elements differ from the base's; None if it is too short."""
-    old = part(data, kind, base)
-    if old is None:
-        return None
-    whole = data.size // kind.itemsize * kind.itemsize
-    return differences.count_changed(data[:whole], old, Form(kind.itemsize, 0, base.cast))
-
-
 def split(chunk: Chunk, n_changed: int) -> coder.Split:
     """Split places and differences into the chunk's buffer, given how many elements changed: at most half."""
     data, (itemsize, _), buffer, base, mode = chunk
@@ -79,18 +70,6 @@ def split(chunk: Chunk, n_changed: int) -> coder.Split:
     return coder.Split(
         head, [out[:size], *parts], [coder.TRY, *kernels.entropies(parts)], data[whole:], buffer
     )
-
-
-def encode(data: U8, kind: Kind, base: Base, mode: Mode) -> U8:
-    """Return the payload; for as many changes as there are."""
-    changed = n_changed(data, kind, base) or 0
-    buffer = np.empty(coder.room(2 * data.size + 8), np.uint8)
-    return coder.encode_all([split(Chunk(data, kind, buffer, base, mode), changed)])[0]
-
-
-def decode(payload: U8, itemsize: int, out: U8, base: U8) -> None:
-    """Undo `encode`, given the base chunk's bytes."""
-    join(coder.decode(payload, table(payload, itemsize, out.size)), itemsize, out, base)
 
 
 def table(payload: U8, itemsize: int, size: int) -> coder.Table:

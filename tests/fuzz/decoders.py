@@ -68,6 +68,9 @@ def loop(seconds: float, seed: int) -> None:
     load_built()
     import numpy as np
 
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from coded import n_changed, payload_of
+
     from deltackpt import codecs, differences, kernels
     from deltackpt.errors import FormatError, InvalidInputError
     from deltackpt.scratch import Scratch
@@ -125,14 +128,11 @@ def loop(seconds: float, seed: int) -> None:
             scale = float(np.float32(rng.uniform(0.02, 1.99))) if not rng.integers(3) else 1.0
             map_ = int(rng.integers(3))
             delta = codecs.Base(base, offset, cast)
-            changed = codecs.sparse.n_changed(data, kind, delta)
-            if codec == codecs.sparse.NUMBER and (changed is None or changed > data.size // itemsize // 2):
+            if n_changed(data, kind, delta) > size // itemsize // 2:
                 codec = codecs.dense.NUMBER
-            if changed is None:
-                return True
-            payload = codecs.DELTAS[codec].encode(data, kind, delta, codecs.Mode(map_, scale))
+            payload = payload_of(codec, data, kind, delta, codecs.Mode(map_, scale))
         else:
-            payload = np.frombuffer(codecs.CODECS[codec].encode(data, kind), np.uint8)
+            payload = payload_of(codec, data, kind)
         given = base if codec in codecs.DELTAS else None
         out = np.empty(size, np.uint8)
         codecs.decode(codec, np.array(payload), itemsize, out, "made", given)
@@ -165,9 +165,9 @@ def loop(seconds: float, seed: int) -> None:
         same = codecs.cast(base, cast) if cast else base
         data = near(same) if rng.integers(4) else some_bytes(n * width)
         form = differences.Form(width, map_, cast)
-        n_changed = differences.count_changed(data, base, form)
-        room = (n + 7) // 8 if bitmap else n_changed + n // 255
-        places, packed = np.empty(room, np.uint8), np.empty(n_changed * width, np.uint8)
+        n_differ = n_changed(data, codecs.Kind(width, True), codecs.Base(base, 0, cast))
+        room = (n + 7) // 8 if bitmap else n_differ + n // 255
+        places, packed = np.empty(room, np.uint8), np.empty(n_differ * width, np.uint8)
         places = places[
             : differences.take(data, base, form, bitmap=bitmap, places=places, packed=packed)
         ].copy()
@@ -228,7 +228,6 @@ def loop(seconds: float, seed: int) -> None:
                     ),
                 )
             ),
-            lambda: native.count_changed(off(data), off(base), width, cast),
             lambda: native.sparse_take(
                 off(data), off(base), off(places), off(packed), width, map_, cast, bitmap
             ),

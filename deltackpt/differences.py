@@ -208,7 +208,7 @@ def group_all(pairs: Sequence[Pair]) -> list[Grouped | int]:
     """
     for pair in pairs:
         _check(pair.data, pair.base, pair.form)
-    if _native is None:
+    if _native is None or not pairs:
         return group_all_ref(pairs)
     items = tuple(
         (data, base, out, form.itemsize, form.map, form.cast, form.scale, n_few)
@@ -302,7 +302,7 @@ def ungroup_all(planed: Sequence[Planed]) -> list[bool]:
             p is not None and p.size != size for p, size in zip(one.planes, sizes, strict=True)
         ):
             raise InvalidInputError(f"difference: {len(one.planes)} planes do not give {one.of}")
-    if _native is None:
+    if _native is None or not planed:
         return [ungroup_ref(*one) for one in planed]
     items = tuple(
         (tuple(planes), base, out, form.itemsize, form.map, form.cast, form.scale, of)

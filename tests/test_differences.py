@@ -488,3 +488,7 @@ def test_a_batch_takes_as_many_native_calls_as_one_chunk(monkeypatch):
         codecs.join_all([codecs.Job(p, planes, out, c.base.data) for p, planes, out, c in todo])
         assert all((out == c.data).all() for out, c in zip(outs, chunks, strict=False))
         assert called == ["delta_ungroup"]
+        called.clear()
+        encoded = codecs.encode_all([chunk._replace(base=None) for chunk in chunks[:n]])
+        assert {codec for codec, _ in encoded} == {codecs.planes.NUMBER}
+        assert called == ["split_all", "are_equal", "move"]

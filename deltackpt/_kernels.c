@@ -582,10 +582,12 @@ static PyObject *py_move(PyObject *self, PyObject *args)
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        for (i = 0; i < n; i++)
-            if (all.of[2 * i + 1].len)
-                memmove((uint8_t *)all.of[2 * i].buf + offsets[i], all.of[2 * i + 1].buf,
-                        (size_t)all.of[2 * i + 1].len);
+        for (i = 0; i < n; i++) {
+            uint8_t *to = (uint8_t *)all.of[2 * i].buf + offsets[i];
+            const Py_buffer *from = &all.of[2 * i + 1];
+            if (from->len && to != from->buf)
+                memmove(to, from->buf, (size_t)from->len);
+        }
         Py_END_ALLOW_THREADS
     }
     PyMem_Free(offsets);

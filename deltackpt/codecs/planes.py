@@ -45,7 +45,8 @@ def split_all(chunks: Sequence[Chunk]) -> list[coder.Split]:
     splits = []
     for data, (itemsize, is_float), buffer, *_ in chunks:
         whole = data[: data.size // itemsize * itemsize]
-        splits.append(kernels.Splitting(whole, itemsize, is_float, coder.body(buffer)[: whole.size]))
+        out = coder.body(buffer, _HEAD.size, itemsize)[: whole.size]
+        splits.append(kernels.Splitting(whole, itemsize, is_float, out))
     found = []
     for chunk, (whole, itemsize, rotate, out), bits in zip(
         chunks, splits, kernels.split_all(splits), strict=True

@@ -24,6 +24,8 @@ from deltackpt import codecs, differences
 CHUNK_SIZE = 256 << 10
 #: As many bytes as a session hands to a worker at once.
 BATCH_SIZE = 1 << 20
+#: As many chunks as a load decodes together: payloads and bytes of 8 MiB.
+N_DECODED = 20
 
 Bytes = NDArray[np.uint8]
 
@@ -94,14 +96,21 @@ class Chosen(Coder):
         return [encoded for batch in self.batches() for encoded in codecs.encode_all(batch)]
 
     def decode(self, payloads: list[codecs.Encoded]) -> Bytes:
+        """Decode as a load does: what needs no base of many chunks together, then the rest."""
         offset = 0
-        whole = (chunk for tensor in self.tensors for chunk in tensor)
-        for chunk, (number, payload) in zip(whole, payloads, strict=True):
-            out = self.out[offset : offset + chunk.data.size]
-            base = chunk.base.data if number in codecs.DELTAS and chunk.base is not None else None
-            stored = np.frombuffer(payload, np.uint8)
-            codecs.decode(number, stored, chunk.kind.itemsize, out, self.pair.case, base)
-            offset += out.size
+        whole = [chunk for tensor in self.tensors for chunk in tensor]
+        for first in range(0, len(whole), N_DECODED):
+            packed, outs, bases = [], [], []
+            for chunk, (number, payload) in zip(
+                whole[first : first + N_DECODED], payloads[first : first + N_DECODED], strict=True
+            ):
+                size, stored = chunk.data.size, np.frombuffer(payload, np.uint8)
+                packed.append(codecs.Packed(number, stored, chunk.kind.itemsize, size, self.pair.case))
+                outs.append(self.out[offset : offset + size])
+                bases.append(chunk.base.data if number in codecs.DELTAS and chunk.base is not None else None)
+                offset += size
+            jobs = zip(packed, codecs.unpack(packed), outs, bases, strict=True)
+            codecs.join_all([codecs.Job(*job) for job in jobs])
         return self.out
 
     def sizes(self, payloads: list[codecs.Encoded]) -> NDArray[np.int64]:

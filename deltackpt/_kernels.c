@@ -339,44 +339,56 @@ static int overlap(const Py_buffer *a, const Py_buffer *b)
     return p < q + (uintptr_t)b->len && q < p + (uintptr_t)a->len;
 }
 
-/* Both directions: (source, destination, itemsize, rotate) -> None.  fns are for widths 1, 2, 4 and 8. */
+static const planes_fn split_fns[4] = {split_1, split_2, split_4, split_8};
+static const planes_fn join_fns[4] = {join_1, join_2, join_4, join_8};
+
+/* The one of functions for widths 1, 2, 4 and 8; NULL if there is none, or the buffers do not fit it. */
+static planes_fn planes_of(const planes_fn fns[4], Py_ssize_t width, const Py_buffer *src, const Py_buffer *dst)
+{
+    if ((width != 1 && width != 2 && width != 4 && width != 8) || src->len != dst->len || src->len % width ||
+        overlap(src, dst))
+        return NULL;
+    return fns[width == 1 ? 0 : width == 2 ? 1 : width == 4 ? 2 : 3];
+}
+
+static PyObject *bad_planes(void)
+{
+    PyErr_SetString(PyExc_ValueError, "planes: itemsize out of range, sizes do not match, or buffers overlap");
+    return NULL;
+}
+
+/* Both directions: (source, destination, itemsize, rotate) -> None. */
 static PyObject *planes_call(PyObject *args, const char *format, const planes_fn fns[4])
 {
     Py_buffer src, dst;
     Py_ssize_t width;
-    int rotate, ok;
-    planes_fn fn = NULL;
+    int rotate;
+    planes_fn fn;
     if (!PyArg_ParseTuple(args, format, &src, &dst, &width, &rotate))
         return NULL;
-    if (width == 1 || width == 2 || width == 4 || width == 8)
-        fn = fns[width == 1 ? 0 : width == 2 ? 1 : width == 4 ? 2 : 3];
-    ok = fn != NULL && src.len == dst.len && src.len % width == 0 && !overlap(&src, &dst);
-    if (ok) {
+    fn = planes_of(fns, width, &src, &dst);
+    if (fn) {
         Py_BEGIN_ALLOW_THREADS
         fn(src.buf, dst.buf, (size_t)(src.len / width), rotate);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&src);
     PyBuffer_Release(&dst);
-    if (!ok) {
-        PyErr_SetString(PyExc_ValueError, "planes: itemsize out of range, sizes do not match, or buffers overlap");
-        return NULL;
-    }
+    if (!fn)
+        return bad_planes();
     Py_RETURN_NONE;
 }
 
 static PyObject *py_split_planes(PyObject *self, PyObject *args)
 {
-    static const planes_fn fns[4] = {split_1, split_2, split_4, split_8};
     (void)self;
-    return planes_call(args, "y*w*np:split_planes", fns);
+    return planes_call(args, "y*w*np:split_planes", split_fns);
 }
 
 static PyObject *py_join_planes(PyObject *self, PyObject *args)
 {
-    static const planes_fn fns[4] = {join_1, join_2, join_4, join_8};
     (void)self;
-    return planes_call(args, "y*w*np:join_planes", fns);
+    return planes_call(args, "y*w*np:join_planes", join_fns);
 }
 
 /* ---- histogram of a strided sample ---------------------------------------------------------------------------- */
@@ -570,10 +582,12 @@ static PyObject *py_move(PyObject *self, PyObject *args)
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS
-        for (i = 0; i < n; i++)
-            if (all.of[2 * i + 1].len)
-                memmove((uint8_t *)all.of[2 * i].buf + offsets[i], all.of[2 * i + 1].buf,
-                        (size_t)all.of[2 * i + 1].len);
+        for (i = 0; i < n; i++) {
+            uint8_t *to = (uint8_t *)all.of[2 * i].buf + offsets[i];
+            const Py_buffer *from = &all.of[2 * i + 1];
+            if (from->len && to != from->buf)
+                memmove(to, from->buf, (size_t)from->len);
+        }
         Py_END_ALLOW_THREADS
     }
     PyMem_Free(offsets);
@@ -581,6 +595,92 @@ static PyObject *py_move(PyObject *self, PyObject *args)
     if (!ok)
         return NULL;
     Py_RETURN_NONE;
+}
+
+static double sampled(const uint8_t *data, size_t size, const int64_t *logs, size_t n_samples)
+{
+    size_t step, n = sample_of(size, n_samples, &step);
+    return entropy(data, step, n, logs);
+}
+
+static PyObject *as_floats(const double *values, size_t n)
+{
+    PyObject *found = PyList_New(0);
+    size_t i;
+    for (i = 0; found && i < n; i++) {
+        PyObject *value = PyFloat_FromDouble(values[i]);
+        if (!value || PyList_Append(found, value) < 0)
+            Py_CLEAR(found);
+        Py_XDECREF(value);
+    }
+    return found;
+}
+
+/* Data to be split into planes, and the entropies of those. */
+typedef struct {
+    planes_fn fn;
+    Py_ssize_t width;
+    int rotate;
+    double bits[8];
+} splitting;
+
+/* split_all(of (data, planes, itemsize, rotate) each, table, n_samples) -> list of lists of float. */
+static PyObject *py_split_all(PyObject *self, PyObject *args)
+{
+    PyObject *given, *found = NULL;
+    Py_buffer table;
+    Py_ssize_t n_samples, n, i, k;
+    splitting *each;
+    held all;
+    int ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!y*n:split_all", &PyTuple_Type, &given, &table, &n_samples))
+        return NULL;
+    n = PyTuple_Size(given);
+    each = PyMem_Calloc((size_t)n + 1, sizeof *each);
+    ok = hold(&all, 2 * n) && each;
+    if (!ok)
+        PyErr_NoMemory();
+    else if (n_samples < 1 || (size_t)n_samples >= n_logs(&table)) {
+        bad_planes();
+        ok = 0;
+    }
+    for (i = 0; ok && i < n; i++) {
+        PyObject *data_of, *planes_of_it;
+        const Py_buffer *data, *planes;
+        splitting *one = &each[i];
+        ok = PyArg_ParseTuple(PyTuple_GetItem(given, i), "OOnp:split_all", &data_of, &planes_of_it, &one->width,
+                              &one->rotate) &&
+             (data = take_buffer(&all, data_of, PyBUF_SIMPLE)) &&
+             (planes = take_buffer(&all, planes_of_it, PyBUF_WRITABLE));
+        if (!ok)
+            break;
+        one->fn = planes_of(split_fns, one->width, data, planes);
+        ok = one->fn != NULL;
+        if (!ok)
+            bad_planes();
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        for (i = 0; i < n; i++) {
+            uint8_t *planes = all.of[2 * i + 1].buf;
+            size_t size = (size_t)(all.of[2 * i].len / each[i].width);
+            each[i].fn(all.of[2 * i].buf, planes, size, each[i].rotate);
+            for (k = 0; k < each[i].width; k++)
+                each[i].bits[k] = sampled(planes + (size_t)k * size, size, table.buf, (size_t)n_samples);
+        }
+        Py_END_ALLOW_THREADS
+        found = PyList_New(n);
+    }
+    for (i = 0; found && i < n; i++) {
+        PyObject *bits = as_floats(each[i].bits, (size_t)each[i].width);
+        if (!bits || PyList_SetItem(found, i, bits) < 0)
+            Py_CLEAR(found);
+    }
+    PyMem_Free(each);
+    let_go(&all);
+    PyBuffer_Release(&table);
+    return found;
 }
 
 /* ---- deltas of a base ------------------------------------------------------------------------------------------ */
@@ -931,37 +1031,54 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
                     out[i] = (UINT)scaled64_exactly((uint64_t)out[i], bits);                                       \
         }                                                                                                          \
     }                                                                                                              \
+    /* Where such elements stand: in the base itself, if there is nothing to be done to them, else in `room`. */   \
+    TEMPLATE const uint8_t *prepared_##WIDTH(const uint8_t *base, size_t first, size_t m, int cast, float scale,   \
+                                             UINT *room)                                                           \
+    {                                                                                                              \
+        size_t i;                                                                                                  \
+        if (cast == CAST_NONE && scale == 1.0f)                                                                    \
+            return base + WIDTH * first;                                                                           \
+        prepare_##WIDTH(base, first, m, cast, scale, room);                                                        \
+        for (i = 0; i < m; i++)                                                                                    \
+            STORE((uint8_t *)room + WIDTH * i, room[i]);                                                           \
+        return (const uint8_t *)room;                                                                              \
+    }                                                                                                              \
     TEMPLATE void differences_##WIDTH(const uint8_t *data, const uint8_t *base, size_t first, size_t m, int map,   \
                                       int cast, float scale, UINT *out)                                            \
     {                                                                                                              \
+        UINT room[DELTA_BLOCK];                                                                                    \
+        const uint8_t *from = prepared_##WIDTH(base, first, m, cast, scale, room);                                 \
         size_t i;                                                                                                  \
-        prepare_##WIDTH(base, first, m, cast, scale, out);                                                         \
+        data += WIDTH * first;                                                                                     \
         if (map == MAP_SUB)                                                                                        \
             for (i = 0; i < m; i++)                                                                                \
-                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * (first + i)), MAP_SUB) -         \
-                                               mapped_##WIDTH(out[i], MAP_SUB)));                                  \
+                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * i), MAP_SUB) -                   \
+                                               mapped_##WIDTH(LOAD(from + WIDTH * i), MAP_SUB)));                  \
         else if (map == MAP_RSUB)                                                                                  \
             for (i = 0; i < m; i++)                                                                                \
-                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * (first + i)), MAP_RSUB) -        \
-                                               mapped_##WIDTH(out[i], MAP_RSUB)));                                 \
+                out[i] = zigzag_##WIDTH((UINT)(mapped_##WIDTH(LOAD(data + WIDTH * i), MAP_RSUB) -                  \
+                                               mapped_##WIDTH(LOAD(from + WIDTH * i), MAP_RSUB)));                 \
         else                                                                                                       \
             for (i = 0; i < m; i++)                                                                                \
-                out[i] = zigzag_##WIDTH((UINT)(LOAD(data + WIDTH * (first + i)) - out[i]));                        \
+                out[i] = zigzag_##WIDTH((UINT)(LOAD(data + WIDTH * i) - LOAD(from + WIDTH * i)));                  \
     }                                                                                                              \
-    TEMPLATE void sums_##WIDTH(UINT *z, const UINT *from, size_t m, int map)                                       \
+    /* out = the elements at `from` and differences added up. */                                                   \
+    TEMPLATE void sums_##WIDTH(const UINT *z, const uint8_t *from, size_t m, int map, uint8_t *out)                \
     {                                                                                                              \
         size_t i;                                                                                                  \
         if (map == MAP_SUB)                                                                                        \
             for (i = 0; i < m; i++)                                                                                \
-                z[i] = unmapped_##WIDTH((UINT)(mapped_##WIDTH(from[i], MAP_SUB) + unzigzag_##WIDTH(z[i])),         \
-                                        MAP_SUB);                                                                  \
+                STORE(out + WIDTH * i,                                                                             \
+                      unmapped_##WIDTH((UINT)(mapped_##WIDTH(LOAD(from + WIDTH * i), MAP_SUB) +                    \
+                                              unzigzag_##WIDTH(z[i])), MAP_SUB));                                  \
         else if (map == MAP_RSUB)                                                                                  \
             for (i = 0; i < m; i++)                                                                                \
-                z[i] = unmapped_##WIDTH((UINT)(mapped_##WIDTH(from[i], MAP_RSUB) + unzigzag_##WIDTH(z[i])),        \
-                                        MAP_RSUB);                                                                 \
+                STORE(out + WIDTH * i,                                                                             \
+                      unmapped_##WIDTH((UINT)(mapped_##WIDTH(LOAD(from + WIDTH * i), MAP_RSUB) +                   \
+                                              unzigzag_##WIDTH(z[i])), MAP_RSUB));                                 \
         else                                                                                                       \
             for (i = 0; i < m; i++)                                                                                \
-                z[i] = (UINT)(from[i] + unzigzag_##WIDTH(z[i]));                                                   \
+                STORE(out + WIDTH * i, (UINT)(LOAD(from + WIDTH * i) + unzigzag_##WIDTH(z[i])));                   \
     }                                                                                                              \
     /* to[j] = the bytes j of so many planes, from `at` on, the first the lowest; in one pass where there are few. */\
     TEMPLATE void gather_##WIDTH(const uint8_t *const *planes, size_t length, size_t at, size_t n, UINT *to)      \
@@ -1066,7 +1183,7 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
                                             const uint8_t *base, uint8_t *out, size_t n, int map, int cast,       \
                                             float scale, const classes *of)                                       \
     {                                                                                                             \
-        UINT z[GROUP_BLOCK], from[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                \
+        UINT z[GROUP_BLOCK], room[GROUP_BLOCK], some[N_CLASSES_MAX * GROUP_BLOCK];                                \
         uint8_t class_of[GROUP_BLOCK + 8], table[256][8];                                                         \
         size_t at[N_CLASSES_MAX] = {0}, i, j, k, c;                                                                  \
         digits_table(of->n, table);                                                                               \
@@ -1100,25 +1217,22 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
                 z[j] = some[next >> class_of[j] & PLACE_MAX];                                                      \
                 next += UINT64_C(1) << class_of[j];                                                                \
             }                                                                                                      \
-            prepare_##WIDTH(base, i, m, cast, scale, from);                                                       \
-            sums_##WIDTH(z, from, m, map);                                                                        \
-            for (j = 0; j < m; j++)                                                                               \
-                STORE(out + WIDTH * (i + j), z[j]);                                                               \
-        }                                                                                                         \
+            sums_##WIDTH(z, prepared_##WIDTH(base, i, m, cast, scale, room), m, map, out + WIDTH * i);             \
+        }                                                                                                          \
         return is_complete(of, at);                                                                               \
     }                                                                                                             \
     /* How many elements differ from the base's, cast but not scaled; counting ends where they are more than max. */\
     CLONES static size_t count_changed_##WIDTH(const uint8_t *data, const uint8_t *base, size_t n, int cast,       \
                                                size_t max)                                                         \
     {                                                                                                              \
-        UINT from[DELTA_BLOCK];                                                                                    \
+        UINT room[DELTA_BLOCK];                                                                                    \
         size_t i, j, changed = 0;                                                                                  \
         for (i = 0; i < n && changed <= max; i += DELTA_BLOCK) {                                                   \
             size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
             uint32_t here = 0;                                                                                     \
-            prepare_##WIDTH(base, i, m, cast, 1.0f, from);                                                         \
+            const uint8_t *from = prepared_##WIDTH(base, i, m, cast, 1.0f, room);                                  \
             for (j = 0; j < m; j++)                                                                                \
-                here += LOAD(data + WIDTH * (i + j)) != from[j];                                                   \
+                here += LOAD(data + WIDTH * (i + j)) != LOAD(from + WIDTH * j);                                    \
             changed += here;                                                                                       \
         }                                                                                                          \
         return changed;                                                                                            \
@@ -1180,13 +1294,11 @@ TEMPLATE const uint8_t *read_digits(const uint8_t *from, size_t m, size_t n_clas
                                          int bitmap, const uint8_t *places, size_t n_places,                       \
                                          const uint8_t *packed, size_t n_packed)                                   \
     {                                                                                                              \
-        UINT from[DELTA_BLOCK];                                                                                    \
-        size_t i, j, k = 0, at = 0;                                                                                \
+        UINT room[DELTA_BLOCK];                                                                                    \
+        size_t i, k = 0, at = 0;                                                                                   \
         for (i = 0; i < n; i += DELTA_BLOCK) {                                                                     \
             size_t m = n - i < DELTA_BLOCK ? n - i : DELTA_BLOCK;                                                  \
-            prepare_##WIDTH(base, i, m, cast, 1.0f, from);                                                         \
-            for (j = 0; j < m; j++)                                                                                \
-                STORE(out + WIDTH * (i + j), from[j]);                                                             \
+            memcpy(out + WIDTH * i, prepared_##WIDTH(base, i, m, cast, 1.0f, room), WIDTH * m);                    \
         }                                                                                                          \
         if (bitmap && n_places != (n + 7) / 8)                                                                     \
             return 0;                                                                                              \
@@ -1278,12 +1390,6 @@ typedef struct {
     double data_bits, bits[N_PLANES_MAX];
 } grouped;
 
-static double sampled(const uint8_t *data, size_t size, const int64_t *logs, size_t n_samples)
-{
-    size_t step, n = sample_of(size, n_samples, &step);
-    return entropy(data, step, n, logs);
-}
-
 static void group_pair(const pair *p, const int64_t *logs, size_t n_samples, grouped *found)
 {
     Py_ssize_t width = p->width;
@@ -1321,7 +1427,7 @@ static void group_pair(const pair *p, const int64_t *logs, size_t n_samples, gro
 static PyObject *grouped_as_object(const grouped *g)
 {
     PyObject *of, *bits, *value;
-    size_t c, k, n_planes = g->of.n > 1;
+    size_t c, n_planes = g->of.n > 1;
     if (g->is_sparse)
         return PyLong_FromSize_t(g->changed);
     of = PyDict_New();
@@ -1333,13 +1439,7 @@ static PyObject *grouped_as_object(const grouped *g)
         Py_XDECREF(count);
         n_planes += g->of.lengths[c];
     }
-    bits = PyList_New(0);
-    for (k = 0; bits && k < n_planes; k++) {
-        value = PyFloat_FromDouble(g->bits[k]);
-        if (!value || PyList_Append(bits, value) < 0)
-            Py_CLEAR(bits);
-        Py_XDECREF(value);
-    }
+    bits = as_floats(g->bits, n_planes);
     value = of && bits ? Py_BuildValue("OOd", of, bits, g->data_bits) : NULL;
     Py_XDECREF(of);
     Py_XDECREF(bits);
@@ -1607,6 +1707,8 @@ static PyMethodDef methods[] = {
     {"entropies", py_entropies, METH_VARARGS, "entropies(planes, table, n_samples) -> list of float"},
     {"are_equal", py_are_equal, METH_VARARGS, "are_equal(left, right) -> list of bool"},
     {"move", py_move, METH_VARARGS, "move(of (out, offset, source) each)"},
+    {"split_all", py_split_all, METH_VARARGS,
+     "split_all(of (data, planes, itemsize, rotate) each, table, n_samples) -> list of lists of float"},
     {"delta_group", py_delta_group, METH_VARARGS,
      "delta_group(of (data, base, out, itemsize, map, cast, scale, sparse_max) each, table, n_samples) -> list"},
     {"delta_ungroup", py_delta_ungroup, METH_VARARGS,

@@ -469,6 +469,39 @@ def logs(n_most: int) -> I64:
 
 # ---- many buffers ----
 
+
+class Splitting(NamedTuple):
+    """What `split_planes` is given."""
+
+    data: U8
+    itemsize: int
+    rotate: bool
+    out: U8
+
+
+def split_all(splits: Sequence[Splitting]) -> list[list[float]]:
+    """Do `split_planes` of each, all in one call, and return the `entropy` of each plane.
+
+    Examples
+    --------
+    >>> out = np.empty(4, np.uint8)
+    >>> split_all([Splitting(np.array([1, 2, 1, 4], np.uint8), 2, False, out)])
+    [[0.0, 1.0]]
+    >>> out.tolist()
+    [1, 1, 2, 4]
+    """
+    if _native is None or not splits:
+        return split_all_ref(splits)
+    items = tuple((data, _split_out(data, width, out), width, rotate) for data, width, rotate, out in splits)
+    bits: list[list[float]] = _native.split_all(items, logs(N_SAMPLES), N_SAMPLES)
+    return bits
+
+
+def split_all_ref(splits: Sequence[Splitting]) -> list[list[float]]:
+    """The NumPy twin of `split_all`."""
+    return [entropies_ref(list(split_planes_ref(*one).reshape(one.itemsize, -1))) for one in splits]
+
+
 #: Bytes of any kind: arrays, and what codecs of other libraries return.
 Bytes: TypeAlias = Any
 
@@ -491,9 +524,9 @@ def are_equal(pairs: Sequence[tuple[Bytes, Bytes]]) -> list[bool]:
     >>> are_equal([(b"abc", np.frombuffer(b"abc", np.uint8)), (b"a", b"b"), (b"a", b"ab")])
     [True, False, False]
     """
-    if _native is None:
+    if _native is None or not pairs:
         return are_equal_ref(pairs)
-    left, right = tuple(zip(*pairs, strict=True)) or ((), ())
+    left, right = zip(*pairs, strict=True)
     found: list[bool] = _native.are_equal(left, right)
     return found
 

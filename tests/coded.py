@@ -16,7 +16,7 @@ def split(codec, data, kind, base=None, mode=WHOLE):
     """The planes of a payload."""
     chunk = Chunk(data, kind, np.empty(codecs.room(2 * data.size + 8), np.uint8), base, mode)
     if codec == planes.NUMBER:
-        return planes.split(data, kind, chunk.buffer)
+        return planes.split_all([chunk])[0]
     if codec == sparse.NUMBER:
         return sparse.split(chunk, n_changed(data, kind, base))
     [found] = dense.split_all([chunk])

@@ -147,6 +147,8 @@ def test_a_delta_without_its_base_and_a_whole_chunk_with_one_are_damage():
         ([960, 0, 0, 0, 0], 0),
         ([0, 0, 0, 0, 960], 4 * 960),
         ([480, 480, 0, 0, 0], 120 + 480),
+        ([30, 930, 0, 0, 0], 960),  # one in 32 is not enough for a class
+        ([31, 929, 0, 0, 0], 120 + 929),
         ([0, 320, 320, 320, 0], 192 + 320 * 6),
         ([1, 480, 0, 0, 479], 120 + 481 + 4 * 479),  # one of no byte is stored in one
         ([192, 192, 192, 192, 192], 320 + 192 * 10),
@@ -221,6 +223,21 @@ def test_c_and_numpy_group_alike(case: tuple[U8, Kind, Base], mode: Mode, n_few:
 def test_there_are_five_classes_at_most():
     assert list(differences.classes([100] * 9)) == [1, 3, 5, 7, 8]
     assert list(differences.classes([1000, 50, 50, 50, 50, 50, 50, 50, 1])) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "counts", [[100] * 9, [1000, *[50] * 7, 1], [0, 0, 9, 300, 9, 20, 0, 40, 0], [500, *[90] * 8]]
+)
+def test_of_nine_lengths_five_are_classes(counts, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(differences, "_native", None)
+    stored = np.repeat(np.array([0, *(256 ** (k + 1) - 2 for k in range(8))], np.uint64), counts)
+    base = np.zeros(stored.nbytes, np.uint8)
+    out = np.empty(codecs.room(base.size), np.uint8)
+    data = (stored >> np.uint64(1)).view(np.uint8)
+    [grouped] = differences.group_all([Pair(data, base, Form(8, INTEGER), out)])
+    assert grouped.of == differences.classes(counts)
 
 
 # -- casts
@@ -515,7 +532,7 @@ def test_where_there_is_no_delta_no_kernel_of_deltas_is_called(codec, called):
     chunks = some_chunks(8, noise if is_raw else weights)
     encoded = codecs.encode_all(chunks)
     assert {number for number, _ in encoded} == {codec}
-    assert called == [*["split_planes", "entropies"] * 8, *([] if is_raw else ["are_equal", "move"])]
+    assert called == ["split_all", *([] if is_raw else ["are_equal", "move"])]
     called.clear()
     assert decode_all(encoded, chunks)
     assert called == ([] if is_raw else ["join_planes"] * 8)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deltackpt import kernels
 from deltackpt.errors import InvalidInputError
-from deltackpt.kernels import Move
+from deltackpt.kernels import Move, Splitting
 from deltackpt.types import U8
 
 needs_native = pytest.mark.skipif(
@@ -340,6 +340,25 @@ def test_entropy_needs_a_sample():
 # ---- many buffers ----
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(buffers(), WIDTHS, st.booleans()), max_size=3))
+def test_many_are_split_and_judged_as_each_alone(many: list[tuple[U8, int, bool]]):
+    splits = [
+        Splitting(
+            data[: data.size // width * width], width, rotate, np.empty(data.size // width * width, np.uint8)
+        )
+        for data, width, rotate in many
+    ]
+    bits = kernels.split_all(splits)
+    for (data, width, rotate, out), found in zip(splits, bits, strict=True):
+        assert out.tobytes() == kernels.split_planes_ref(data, width, rotate).tobytes()
+        assert found == [kernels.entropy_ref(plane) for plane in out.reshape(width, -1)]
+        out[:] = 0
+    assert kernels.split_all_ref(splits) == bits
+    for data, width, rotate, out in splits:
+        assert out.tobytes() == kernels.split_planes_ref(data, width, rotate).tobytes()
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_buffers_are_equal_if_all_their_bytes_are(native, monkeypatch):
     if not native:
@@ -390,6 +409,11 @@ def test_c_checks_its_bounds_itself():
         lambda: native.split_planes(data[:63], np.empty(63, np.uint8), 4, False),
         lambda: native.join_planes(data, data, 4, False),
         lambda: native.join_planes(data[:40], data[24:], 4, False),
+        lambda: native.split_all(((data, np.empty(63, np.uint8), 4, False),), counts, 255),
+        lambda: native.split_all(((data, data, 4, False),), counts, 255),
+        lambda: native.split_all(((data, np.empty(64, np.uint8), 3, False),), counts, 255),
+        lambda: native.split_all((), counts, 256),
+        lambda: native.split_all((), counts, 0),
         lambda: native.move(((data, 1, data),)),
         lambda: native.move(((data, sys.maxsize, data),)),
         lambda: native.are_equal((data,), ()),

@@ -203,13 +203,11 @@ def test_links_of_a_chain_are_joined_in_their_order_in_two_places_by_turns(n_tai
         data.append(data[-1].copy())
         data[-1][: 8000 - 4000 * (n_tail > 0)].view("<u4")[:] += rng.integers(0, 9, 1, np.uint32)
         data[-1][8000:] += 1
+    # Compared with all of the one before but its head, its tail too: that must not be a later one's by then.
     links = [
-        Packed(3, payload_of(3, new, F4, Base(old), Mode(0)), 4, new.size, "here")
+        Packed(3, payload_of(3, new, F4, Base(old, n_tail), Mode(0)), 4, new.size, "here")
         for old, new in pairwise(data)
     ]
-    # The last is compared with all of the one before, its tail too: that must not be a later one's by then.
-    last = payload_of(3, data[-1], F4, Base(data[-2], n_tail), Mode(0))
-    links[-1] = Packed(3, last, 4, data[0].size, "here")
     places = [np.zeros(data[0].size, np.uint8) for _ in "ab"]
     jobs, base = [], data[0]
     for n, (link, planes) in enumerate(zip(links, codecs.unpack(links), strict=True)):

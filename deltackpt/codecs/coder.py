@@ -29,7 +29,6 @@ _PLANE = struct.Struct("<BI")
 #: Of differences of 4 to 8 bytes; the classes of bytes, eight to one, are 1/8 of the chunk more.
 _N_PLANES_MAX = 31
 _HEAD_SIZE_MAX = 40
-_BODY_OFFSET = _HEAD_SIZE_MAX + _N_PLANES_MAX * _PLANE.size
 #: The table of so many planes.
 _TABLES = [struct.Struct("<" + n * _PLANE.format[1:]) for n in range(_N_PLANES_MAX + 1)]
 
@@ -95,12 +94,15 @@ class Split(NamedTuple):
 
 def room(size: int) -> int:
     """Return how large a buffer the planes of a chunk of `size` bytes need, each plane raw."""
-    return _BODY_OFFSET + size + size // 8 + 8
+    return _HEAD_SIZE_MAX + _N_PLANES_MAX * _PLANE.size + size + size // 8 + 8
 
 
-def body(buffer: U8) -> U8:
-    """Return the part of a buffer where the planes are to be: behind room for what comes before them."""
-    return buffer[_BODY_OFFSET:]
+def body(buffer: U8, head_size: int = _HEAD_SIZE_MAX, n_planes: int = _N_PLANES_MAX) -> U8:
+    """Return the part of a buffer where the planes are to be: behind room for head and table, of any size.
+
+    If their sizes are given, raw planes that nothing smaller is in front of stand where they stay.
+    """
+    return buffer[head_size + n_planes * _PLANE.size :]
 
 
 def is_noise(bits: float, size: int) -> bool:

@@ -86,11 +86,11 @@ def _attempts(chunks: Sequence[Chunk]) -> list[_Attempt | Encoded]:
         if attempt.data_bits > _PLAIN_BITS:
             found[n] = attempt
         # Nearly constant, whatever the rest of its tensor is: then it may be smallest by itself.
-        elif coder.expected_size(attempt.split) <= coder.expected_size(
-            planes.split(chunk.data, chunk.kind, chunk.buffer)
-        ):
+        elif coder.expected_size(attempt.split) <= coder.expected_size(planes.split_all([chunk])[0]):
             [found[n]] = _deltas([chunk])  # again: the other way of storing it is in its buffer
-    return [found.get(n) or _whole(chunk) for n, chunk in enumerate(chunks)]
+    rest = [n for n in range(len(chunks)) if n not in found]
+    whole = dict(zip(rest, planes.split_all([chunks[n] for n in rest]), strict=True))
+    return [found.get(n) or _whole(chunk, whole[n]) for n, chunk in enumerate(chunks)]
 
 
 def _deltas(chunks: Sequence[Chunk]) -> list[_Attempt]:
@@ -103,9 +103,9 @@ def _deltas(chunks: Sequence[Chunk]) -> list[_Attempt]:
     ]
 
 
-def _whole(chunk: Chunk) -> _Attempt | Encoded:
-    data, kind, buffer, *_ = chunk
-    split = planes.split(data, kind, buffer)
+def _whole(chunk: Chunk, split: coder.Split) -> _Attempt | Encoded:
+    """Return a chunk's planes, if that pays most; else encode it."""
+    data = chunk.data
     number = choose(data, split)
     if number == planes.NUMBER:
         return _Attempt(number, split)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Sequence
 
 from deltackpt import kernels
 from deltackpt.codecs import coder
-from deltackpt.codecs.chunk import Kind
+from deltackpt.codecs.chunk import Chunk
 from deltackpt.errors import CorruptError
 from deltackpt.scratch import Scratch
 from deltackpt.types import U8
@@ -37,15 +38,22 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def split(data: U8, kind: Kind, buffer: U8) -> coder.Split:
-    """Split a chunk into `buffer`, and judge each plane by the entropy of a sample."""
-    itemsize = kind.itemsize
-    whole = data.size // itemsize * itemsize
-    out = coder.body(buffer)[:whole]
-    kernels.split_planes(data[:whole], itemsize, kind.is_float, out)
-    head = _HEAD.pack(kind.is_float, itemsize, data.size - whole, 0)
-    planes = coder.apart(out, [whole // itemsize] * itemsize)
-    return coder.Split(head, planes, kernels.entropies(planes), data[whole:], buffer)
+def split_all(chunks: Sequence[Chunk]) -> list[coder.Split]:
+    """Split each chunk into its buffer, and judge each plane by a sample; bases do not matter."""
+    splits = []
+    for data, (itemsize, is_float), buffer, *_ in chunks:
+        whole = data[: data.size // itemsize * itemsize]
+        out = coder.body(buffer, _HEAD.size, itemsize)[: whole.size]
+        splits.append(kernels.Splitting(whole, itemsize, is_float, out))
+    found = []
+    for chunk, (whole, itemsize, rotate, out), bits in zip(
+        chunks, splits, kernels.split_all(splits), strict=True
+    ):
+        tail = chunk.data[whole.size :]
+        head = _HEAD.pack(rotate, itemsize, tail.size, 0)
+        planes = coder.apart(out, [whole.size // itemsize] * itemsize)
+        found.append(coder.Split(head, planes, bits, tail, chunk.buffer))
+    return found
 
 
 def has_noise(planes: coder.Split) -> bool:

@@ -54,22 +54,19 @@ def split(chunk: Chunk, n_changed: int) -> coder.Split:
         raise InvalidInputError(f"a chunk of {data.size} bytes does not fit its base {base}")
     form = Form(itemsize, (mode and mode.map) or 0, base.cast)
     bitmap = n_changed > _BITMAP_SHARE * n
-    places = _local.places.of((n + 7) // 8 if bitmap else n_changed + n // 255)
+    out = coder.body(buffer)
+    places = out[: (n + 7) // 8 if bitmap else n_changed + n // 255]
     packed = _local.packed.of(n_changed * itemsize)
     size = differences.take(data[:whole], old, form, bitmap=bitmap, places=places, packed=packed)
     map_ = form.map | _BITMAP * bitmap
     head = _HEAD.pack(map_, base.cast, itemsize, data.size - whole, base.offset, n_changed, size)
     if not n_changed:
         return coder.Split(head, [], [], data[whole:], buffer)
-    out = coder.body(buffer)
-    out[:size] = places[:size]
     planes = out[size : size + packed.size]
-    kernels.split_planes(packed, itemsize, False, planes)
-    parts = coder.apart(planes, [n_changed] * itemsize)
+    [bits] = kernels.split_all([kernels.Splitting(packed, itemsize, False, planes)])
+    parts = [out[:size], *coder.apart(planes, [n_changed] * itemsize)]
     # The places are runs or gaps, never noise: zstd tells what they take.
-    return coder.Split(
-        head, [out[:size], *parts], [coder.TRY, *kernels.entropies(parts)], data[whole:], buffer
-    )
+    return coder.Split(head, parts, [coder.TRY, *bits], data[whole:], buffer)
 
 
 def table(payload: U8, itemsize: int, size: int) -> coder.Table:

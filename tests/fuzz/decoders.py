@@ -242,6 +242,11 @@ def loop(seconds: float, seed: int) -> None:
             lambda: native.entropies((data, base, data[:0]), logs, n_samples),
             lambda: native.cut(off(data), off(ends), align, 64, 128, cut_at),
             # Numbers that no caller may give.
+            lambda: native.split_all(
+                ((off(data), off(out), width, bitmap), (off(data), off(out), width, bitmap)),
+                kernels.logs(300),
+                int(rng.integers(-1, 302)),
+            ),
             lambda: native.move(((off(data), int(rng.integers(-1, 10)), off(data)), (data, 1, data[1:]))),
             lambda: native.are_equal((off(data), base), (off(data), off(base))),
             lambda: native.delta_ungroup(((tuple(planes), base, out, width, map_, cast, scale, wrong),)),

@@ -1,11 +1,11 @@
-"""What the efforts of an encoder give and take, which way to write is quickest, and how long dense saves take.
+"""What an encoder's efforts give and take, which way to write is quickest, and how long dense saves take.
 
-    python bench/effort.py [--size-mib 192] [--repeats 7] [--dir DIR] [--parts encoding writing saving] [--json]
+    python bench/effort.py [--size-mib 192] [--repeats 7] [--dir DIR] [--parts encoding writing saving]
 
-encoding: fp32 weights and moments of `pairs.py`, ten steps apart: bytes stored for each, CPU seconds of a core
-a GB; *fast* by how many bits a byte a plane may have that is coded.  writing: a file of --size-mib, by when the
-device is told to begin; bytes are hashed meanwhile, as in a save.  saving: a full fine-tune, all of which
-changes, by what is optimized, in turns with torch.save + fsync into a new file.
+encoding: fp32 weights and moments of `pairs.py`, ten steps apart: bytes stored for each, CPU seconds of a
+core a GB; *fast* by how many bits a byte a plane may have that is coded.  writing: a file of --size-mib, by
+when the device is told to begin; bytes are hashed meanwhile, as in a save.  saving: a full fine-tune, all of
+which changes, by what is optimized, in turns with torch.save + fsync into a new file.
 
 Memory that the machine never used takes up to 2 s a GB when it is first touched: --size-mib of it is, three
 times over, before anything is measured.

@@ -133,7 +133,7 @@ def choose(
     >>> print(choose("time", 1 << 20, START[True], 0.2e-9, progress))
     fast: small would be slower than writing the whole state
     >>> print(choose("energy", 1 << 20, START[True], 0.2e-9, progress))
-    raw: 5.7 J a GB, fast 8.2, small 11.8
+    raw: 5.7 J a GB, fast 7.5, small 10.8
     """
     if optimize == "bytes":
         return Choice("small", "as small as can be")

@@ -52,8 +52,8 @@ class Took(NamedTuple):
 WRITE_S = 1e-9
 #: One core, fp32 weights ten steps apart, with and without their base (docs/design/0018-effort.md).
 START: Mapping[bool, Mapping[Effort, Took]] = {
-    True: {"small": Took(1.6e-9, 0.69), "fast": Took(0.8e-9, 0.77), "raw": Took(0.05e-9, 1.0)},
-    False: {"small": Took(0.75e-9, 0.83), "raw": Took(0.05e-9, 1.0)},
+    True: {"small": Took(1.4e-9, 0.69), "fast": Took(0.65e-9, 0.78), "raw": Took(0.05e-9, 1.0)},
+    False: {"small": Took(0.67e-9, 0.83), "raw": Took(0.05e-9, 1.0)},
 }
 
 

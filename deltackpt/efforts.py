@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     state_size : int
         Bytes of the state.
     left_size : int
-        Of those, not looked at yet.
+        Of those, neither found in the store nor put.
     new_share : float
         The part of them that is expected to have changed.
     new_size : int
@@ -111,7 +111,8 @@ def choose(
     ----------
     optimize : {"bytes", "time", "energy"}
         bytes: always the smallest.  time: the smallest with which the save is over when writing the whole
-        state would be, or when writing raw what is left would be.  energy: the fewest joules.
+        state would be; or, where the storage is what it waits for, clearly sooner than raw.  energy: the
+        fewest joules.
     size : int
         Bytes of the batch.
     took : mapping of Effort to Took

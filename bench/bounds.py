@@ -12,7 +12,7 @@ from typing import Any
 
 from peers import PEERS
 from rich.table import Table
-from tables import OURS
+from tables import IN_TIME, OURS
 
 Results = dict[str, Any]
 
@@ -128,7 +128,7 @@ def series_bounds() -> Iterator[Bound]:
         yield Bound(
             f"{regime}: bytes, to the best of all others",
             limit,
-            lambda r, g=regime: to_best(r, g, [peer for peer in PEERS if peer != OURS]),
+            lambda r, g=regime: to_best(r, g, [peer for peer in PEERS if peer not in (OURS, IN_TIME)]),
         )
     for regime, limit in DEDUP_MAX.items():
         yield Bound(
@@ -140,7 +140,7 @@ def series_bounds() -> Iterator[Bound]:
         yield Bound(
             f"{regime}: saving, to writing every step raw with fsync ({RAW})",
             0.25 if regime == FROZEN else 1.0,
-            lambda r, g=regime: save_s(r, g, OURS) / save_s(r, g, RAW),
+            lambda r, g=regime: save_s(r, g, IN_TIME) / save_s(r, g, RAW),
         )
     for regime in DENSE:
         yield Bound(

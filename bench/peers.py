@@ -147,10 +147,23 @@ class Deltackpt(Peer):
         """Nothing: the first save makes the store, and its time counts."""
 
     def save(self, given: Given) -> None:
-        delta.save(given.state, self.store, step=given.step, run=given.run)
+        delta.save(given.state, self.store, step=given.step, run=given.run, optimize="bytes")
 
     def restore(self, saves: list[SavedState]) -> Any:
         return delta.load(self.store, step=saves[-1].step, run=saves[-1].run)
+
+
+class InTime(Deltackpt):
+    """As by default: what changed is not always stored as small as it can be."""
+
+    name = "deltackpt (time)"
+
+    @classmethod
+    def about(cls) -> dict[str, Any]:
+        return {**super().about(), "is_part": True}
+
+    def save(self, given: Given) -> None:
+        delta.save(given.state, self.store, step=given.step, run=given.run)
 
 
 class TorchSave(Peer):
@@ -365,5 +378,6 @@ class Casync(BackupTool):
 
 
 PEERS: dict[str, type[Peer]] = {
-    kind.name: kind for kind in (Deltackpt, TorchSave, Safetensors, Zstd, Zipnn, Z4ai, Restic, Borg, Casync)
+    kind.name: kind
+    for kind in (Deltackpt, InTime, TorchSave, Safetensors, Zstd, Zipnn, Z4ai, Restic, Borg, Casync)
 }

@@ -22,6 +22,7 @@ from tables import OURS, REFERENCE
 #: Okabe and Ito's palette, safe for the colour-blind, and a marker for those who print in grey.
 LOOKS = {
     "deltackpt": ("#000000", "o"),
+    "deltackpt (time)": ("#000000", "."),
     "torch.save": ("#999999", "|"),
     "safetensors": ("#F0E442", "s"),
     "zstd -3": ("#56B4E9", "v"),

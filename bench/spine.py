@@ -185,7 +185,7 @@ def measure_first(name: str, state: dict, at: Path, repeats: int) -> dict:
 
 
 def measure_dense(trainer: Trainer, at: Path, repeats: int) -> dict:
-    """A full fine-tune: every float changes between two saves."""
+    """A full fine-tune: every float changes between two saves; what is stored is as the storage allows."""
     store, ours, theirs, written = at / "dense", [], [], []
     delta.save(trainer.state(), store, step=0)
     for step in range(1, repeats + 1):

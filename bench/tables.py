@@ -16,6 +16,8 @@ from rich.table import Table
 from deltackpt.report import human_size
 
 OURS = "deltackpt"
+#: The same as by default, where what is stored goes by the speed of the disk.
+IN_TIME = "deltackpt (time)"
 REFERENCE = "torch.save"
 
 

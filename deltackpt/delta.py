@@ -14,6 +14,7 @@ from typing import Any
 
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
+from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.loader import DeviceMap
 from deltackpt.report import SaveReport
 from deltackpt.run import Run, open_run
@@ -36,6 +37,7 @@ def save(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    optimize: Optimize = "time",
 ) -> SaveReport:
     """Save a state as one step of a run; durable and visible on return.
 
@@ -64,6 +66,8 @@ def save(
     allow_pickle : bool
         Pickle what has no plain form, instead of refusing it; `load` must be told the same, and then runs
         code that whoever wrote the store chose.
+    optimize : {"time", "bytes", "energy"}
+        As of `deltackpt.open_run`.
 
     Returns
     -------
@@ -90,7 +94,9 @@ def save(
     >>> report.logical_size
     8000
     """
-    return _run(store, run, create=True).save(
+    found = _run(store, run, create=True)
+    found.optimize = check_optimize(optimize)
+    return found.save(
         state,
         step=step,
         metrics=metrics,

@@ -58,9 +58,17 @@ class Sized(NamedTuple):
 
 
 class Memory:
-    """The tensors of one snapshot as `Known`, by name and by content."""
+    """The tensors of one snapshot as `Known`, by name and by content.
 
-    def __init__(self, tensors: Iterable[Known] = ()) -> None:
+    Parameters
+    ----------
+    tensors : iterable of Known
+    new_share : float
+        The part of its bytes that was new to the store: so much is expected to change again.
+    """
+
+    def __init__(self, tensors: Iterable[Known] = (), *, new_share: float = 1.0) -> None:
+        self.new_share = new_share
         self._by_name: dict[str, Known] = {}
         self._by_content: dict[tuple[int, bytes], Known] = {}
         self._after: dict[bytes, Sized] | None = None

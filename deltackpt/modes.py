@@ -47,8 +47,12 @@ class Tried(NamedTuple):
     n_saves: int = 0
 
     def after(self, share: float) -> Tried | None:
-        """Return what is known once a save has used it and stored `share`; None: try anew."""
-        if self.n_saves + 1 >= N_SAVES_MAX or (self.share and abs(share / self.share - 1) > DRIFT_MAX):
+        """Return what is known once a save has used it and stored `share`, 0.0 if that tells nothing.
+
+        None: try anew.
+        """
+        has_drifted = self.share and share and abs(share / self.share - 1) > DRIFT_MAX
+        if self.n_saves + 1 >= N_SAVES_MAX or has_drifted:
             return None
         return self._replace(share=self.share or share, n_saves=self.n_saves + 1)
 
@@ -75,10 +79,11 @@ class Taken(NamedTuple):
     ids: U8
 
 
-def learned(taken: Sequence[Taken], rows: Rows) -> dict[str, Modes]:
+def learned(taken: Sequence[Taken], rows: Rows, *, is_small: bool = True) -> dict[str, Modes]:
     """Return what is known of each tensor after a save, given the rows of what it wrote.
 
-    Chunks that were put for another tensor too count for both.
+    Chunks that were put for another tensor too count for both.  Where some were not encoded as small as they
+    can be, `is_small` being false, sizes do not tell whether another mode would do better now.
 
     Examples
     --------
@@ -97,7 +102,7 @@ def learned(taken: Sequence[Taken], rows: Rows) -> dict[str, Modes]:
     of = np.repeat(np.arange(len(taken)), [len(t.ids) for t in taken])[is_there]
     found = rows[first[at[is_there]]]
     raw, stored = (np.bincount(of, found[name], len(taken)) for name in ("raw_size", "stored_size"))
-    shares = (stored / np.maximum(raw, 1)).tolist()
+    shares = (is_small * stored / np.maximum(raw, 1)).tolist()
     modes: dict[str, dict[str, Tried]] = {}
     for t, share in zip(taken, shares, strict=True):
         if after := t.tried.after(share):

@@ -43,6 +43,8 @@ class SaveReport:
         What the save paid for weights, optimizer moments and the rest, by dtype; `table` shows it.
     energy : Energy
         Joules, and by what they are known: measured, estimated, or some of them each.
+    efforts : str
+        Which part of what changed was not encoded as small as it can be, and why; empty if all was.
 
     Examples
     --------
@@ -65,6 +67,7 @@ class SaveReport:
     forgotten: list[int] = field(default_factory=list)
     groups: list[GroupCost] = field(default_factory=list)
     energy: Energy = field(default_factory=Energy)
+    efforts: str = ""
 
     @property
     def ratio(self) -> float:
@@ -88,15 +91,17 @@ class SaveReport:
         weights  float32  1.0 kB    500 B   300 B  500 B (2)  500 B (2) 0.60
         energy: 21 mJ; estimated: cpu seconds 20 mJ, bytes moved 1 mJ
         """
-        return "\n".join([table(*cost_lines(self.groups)), *energy_lines(self.energy)])
+        efforts = [f"effort: {self.efforts}"] if self.efforts else []
+        return "\n".join([table(*cost_lines(self.groups)), *energy_lines(self.energy), *efforts])
 
     def __str__(self) -> str:
         forgot = f", forgot {', '.join(map(str, self.forgotten))}" if self.forgotten else ""
+        efforts = f"; {self.efforts}" if self.efforts else ""
         energy = f", ~{human_energy(self.energy.joules)}" if self.energy.method else ""
         return (
             f"{self.run} step {self.step}: {human_size(self.logical_size)} in, "
             f"{human_size(self.new_size)} new, {human_size(self.written_size)} written "
-            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}{energy}{forgot}"
+            f"({100 * self.ratio:.2f} %), {human_time(self.total_s)}{energy}{forgot}{efforts}"
         )
 
 

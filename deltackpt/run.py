@@ -26,6 +26,7 @@ import numpy.typing as npt
 from deltackpt import diff, loader, proxy, restore, snapshot, tree
 from deltackpt.background import Background, InThread
 from deltackpt.diff import Diff, Side
+from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.energy import Meter
 from deltackpt.errors import (
     AlreadyExistsError,
@@ -82,6 +83,7 @@ class Run:
         shadow: int = SIZE_MAX,
         memory_max: int | None = None,
         on_save: Callable[[SaveReport], object] | None = None,
+        optimize: Optimize = "time",
     ) -> None:
         if not isinstance(keep, Rule | None):
             raise InvalidInputError(
@@ -95,6 +97,7 @@ class Run:
         self.name = check_run(name)
         self.keep = keep
         self.on_save = on_save
+        self.optimize = check_optimize(optimize)
         self._resumed: int | None = None
         self._steps: dict[int, Commit] | None = None  # what `keep` chooses among, once it was listed
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
@@ -507,7 +510,9 @@ class Run:
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start, meter = time.perf_counter(), Meter()
-        what = What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite)
+        what = What(
+            check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite, self.optimize
+        )
         self._check_process()
         self._settle()
         self._lock.acquire()
@@ -573,7 +578,9 @@ class Run:
         [0.0, 0.0]
         """
         start, meter = time.perf_counter(), Meter()
-        what = What(check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite)
+        what = What(
+            check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite, self.optimize
+        )
         if when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(
                 f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
@@ -813,6 +820,7 @@ def open_run(
     shadow: int = SIZE_MAX,
     memory_max: int | None = None,
     on_save: Callable[[SaveReport], object] | None = None,
+    optimize: Optimize = "time",
 ) -> Run:
     """Open a run, and its store.
 
@@ -838,6 +846,11 @@ def open_run(
     on_save : callable, optional
         Given the `SaveReport` of each save once it is durable, in the thread that saves: `print`, or
         `scalars.tensorboard` and `scalars.wandb`.  What it raises is logged, and no save fails for it.
+    optimize : {"time", "bytes", "energy"}
+        What saves are to spare.  time: what changed is stored as small as it can be without the save taking
+        longer than writing the whole state would, by how fast this process has found the storage and its
+        encoders to be; if need be some of it is encoded less, or stored as it is.  bytes: always as small as
+        can be.  energy: whatever takes the fewest joules, by the constants of docs/energy.md.
 
     Examples
     --------
@@ -862,4 +875,5 @@ def open_run(
         shadow=shadow,
         memory_max=memory_max,
         on_save=on_save,
+        optimize=optimize,
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 from deltackpt import kin, snapshot
+from deltackpt.efforts import Optimize
 from deltackpt.energy import Energy, moved_size
 from deltackpt.errors import ConflictError, CorruptError, DeltackptError, NotFoundError, StorageError
 from deltackpt.manifest import Manifest
@@ -48,12 +49,15 @@ class What(NamedTuple):
         JSON.
     overwrite : bool
         Whether a step that is there may be superseded.
+    optimize : {"time", "bytes", "energy"}
+        What the save is to spare.
     """
 
     step: int
     metrics: dict[str, float]
     metadata: dict[str, Any]
     overwrite: bool = False
+    optimize: Optimize = "time"
 
 
 #: Given how many bytes a save has moved, and how many written, returns the energy it took so far.
@@ -135,7 +139,7 @@ class Saver:
     def open(self, what: What) -> Session:
         """Open the session that is to commit a step."""
         self.prepare()
-        return Session(self.store, self.run, what.step, overwrite=what.overwrite)
+        return Session(self.store, self.run, what.step, overwrite=what.overwrite, optimize=what.optimize)
 
     def save(self, state: State, what: What, taken: Taken, *, allow_pickle: bool) -> SaveReport:
         """Save a state that does not change meanwhile; durable and visible on return.
@@ -251,6 +255,7 @@ class Saver:
             {**saved.seconds, "commit": end - published},
             end - start,
             groups=figures.groups,
+            efforts=session.pace.words(),
         )
         return replace(report, energy=_energy(taken, report))
 

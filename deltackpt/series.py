@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from deltackpt import delta, files
+from deltackpt.efforts import Optimize
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.records import STEP_MAX
 from deltackpt.report import SaveReport, human_size, human_time
@@ -235,6 +236,7 @@ def save(
     *,
     run: str = "main",
     existing: Existing = "refuse",
+    optimize: Optimize = "bytes",
     metrics: Mapping[str, float] | None = None,
     progress: Callable[[int, int, str], None] = lambda done_size, total_size, now: None,
 ) -> Iterator[Saved]:
@@ -252,6 +254,8 @@ def save(
     run : str
     existing : {"refuse", "overwrite", "skip"}
         What to do about steps that are there already.
+    optimize : {"bytes", "time", "energy"}
+        As of `deltackpt.open_run`; by default the smallest, since no training waits for it.
     metrics : dict of str to float, optional
         Of every step.
     progress : callable
@@ -294,6 +298,7 @@ def save(
                 run=run,
                 metrics=metrics,
                 overwrite=existing == "overwrite",
+                optimize=optimize,
             )
         done_size += sizes[path]
         yield Saved(path, step, sizes[path], report)

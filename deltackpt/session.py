@@ -18,7 +18,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -28,9 +28,9 @@ import xxhash
 from blake3 import blake3
 
 from deltackpt import chains, codecs, process
-from deltackpt.backends import Writer
 from deltackpt.chains import Chains, Copy
-from deltackpt.codecs import Base, Chunk, Kind
+from deltackpt.codecs import Base, Chunk, Encoded, Kind
+from deltackpt.efforts import Optimize
 from deltackpt.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -41,19 +41,18 @@ from deltackpt.errors import (
 )
 from deltackpt.format import NO_BASE, ROW, seal
 from deltackpt.index import Index, Rows, Segment
-from deltackpt.pack import PackBuilder, PackName, Payload, Record
+from deltackpt.pace import Job, Pace
+from deltackpt.pack import PackName, Payload, Record
+from deltackpt.packer import Packer
+from deltackpt.rates import Sort, Took
 from deltackpt.records import Commit, Fence, Figures, Origin, SessionName, Slot, index_key, manifest_key
 from deltackpt.scratch import Scratch
 from deltackpt.store import Store
 from deltackpt.types import U8
-from deltackpt.workers import submit, workers
+from deltackpt.workers import workers
 
 log = logging.getLogger("deltackpt")
 
-#: A pack is closed when it has grown this large; above 64 MiB its fsync costs nothing measurable a byte.
-PACK_SIZE = 128 << 20
-#: Records are gathered up to this much before they are written: small tensors cost few system calls.
-_WRITE_SIZE = 1 << 20
 #: Bytes of chunks a thread encodes at a time: threads take turns at the interpreter's lock between tasks.
 _BATCH_SIZE = 1 << 20
 #: Bytes of chunks being encoded or waiting to be written: what a save needs in memory, about.
@@ -103,6 +102,8 @@ class Session:
         Checked by the caller.
     overwrite : bool
         Whether a step that is there may be superseded.
+    optimize : {"bytes", "time", "energy"}
+        See `efforts.choose`.
 
     Raises
     ------
@@ -112,7 +113,15 @@ class Session:
         If it is there and pinned.
     """
 
-    def __init__(self, store: Store, run: str, step: int, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        step: int,
+        *,
+        overwrite: bool = False,
+        optimize: Optimize = "bytes",
+    ) -> None:
         slot, self.superseded = store.refs.slot(run, step)
         if self.superseded is not None and not overwrite:
             raise AlreadyExistsError(
@@ -120,17 +129,17 @@ class Session:
             )
         if self.superseded is not None:
             store.refs.check_unpinned(run, step)
-        self._start(store, slot)
+        self._start(store, slot, optimize)
 
     @classmethod
     def for_gc(cls, store: Store, slot: Slot) -> Session:
         """Open gc's own session: it repacks and merges, and commits no step."""
         session = cls.__new__(cls)
         session.superseded = None
-        session._start(store, slot)
+        session._start(store, slot, "bytes")
         return session
 
-    def _start(self, store: Store, slot: Slot) -> None:
+    def _start(self, store: Store, slot: Slot, optimize: Optimize) -> None:
         self.store = store
         self.slot = slot
         self.sid = secrets.token_bytes(16)
@@ -145,13 +154,11 @@ class Session:
         self._new: dict[bytes, int] = {}
         self._batch: list[_Put] = []
         self._batch_size = 0
-        self._encoding: deque[tuple[int, list[_Put], Future[list[_Ready]]]] = deque()
-        self._in_flight_size = 0
+        self._encoding: deque[_Encoding] = deque()
+        self._encoding_size = 0
         self._buffers: defaultdict[int, list[U8]] = defaultdict(list)  # free ones, by bits of their size
-        self._packs: list[tuple[PackName, int, Rows]] = []
-        self._pack: _Pack | None = None
-        self._closing: deque[Future[int]] = deque()
-        self._closer: ThreadPoolExecutor | None = None
+        self.pace = Pace(optimize, store.rates)
+        self._packer = Packer(self._backend, store.uuid, self.sid, store.rates)
         self._present: dict[PackName, bool] = {}
         self._needed: set[PackName] = set()  # by the chains of what is written here
         store.prepare_to_write()
@@ -289,18 +296,32 @@ class Session:
         [copy] = self.look_up(chains.as_ids([base.id]))
         return base._replace(depth=copy.depth, packs=copy.packs) if copy is not None else None
 
+    def is_short_of_time(self, itemsize: int) -> bool:
+        """Return whether a chunk that has a base would now be stored raw."""
+        return self.pace.is_short(Sort(itemsize, True), self._jobs(), self._packer.unwritten_size)
+
+    def _jobs(self) -> list[Job]:
+        return [encoding.job for encoding in self._encoding if not encoding.ready.done()]
+
     def _submit(self) -> None:
         """Have the batch encoded; write what is ready while more than the window is under way."""
-        encoded = workers.submit(_encode, self.store, self._batch)
-        self._encoding.append((self._batch_size, self._batch, encoded))
-        self._in_flight_size += self._batch_size
+        largest = max(self._batch, key=lambda put: put.data.size)
+        size = sum(put.data.size for put in self._batch)
+        sort = Sort(largest.kind.itemsize, largest.base is not None)
+        job = self.pace.job(sort, size, self._jobs(), self._packer.unwritten_size)
+        ready = workers.submit(_encode, self.store, self._batch, job, self.pace)
+        self._encoding.append(_Encoding(self._batch_size, self._batch, job, ready))
+        self._encoding_size += self._batch_size
         self._batch, self._batch_size = [], 0
-        while self._in_flight_size > _WINDOW_SIZE:
-            self._drain()
+        while self._encoding_size + self._packer.unwritten_size > _WINDOW_SIZE:
+            if self._encoding:
+                self._drain()
+            else:
+                self._packer.wait()
 
     def _drain(self) -> None:
-        size, batch, encoded = self._encoding.popleft()
-        self._in_flight_size -= size
+        size, batch, _, encoded = self._encoding.popleft()
+        self._encoding_size -= size
         for put, (record, payload) in zip(batch, encoded.result(), strict=True):
             if record.base != NO_BASE and put.is_ours:
                 # Put before, so in a pack by now: its depth is known.
@@ -309,7 +330,7 @@ class Session:
             if put.base is not None and record.depth:
                 self._needed |= put.base.packs
             # Once it is written, the memory of the payload serves for another chunk.
-            for free in self._room().add(record, payload, put.buffer):
+            for free in self._packer.add(record, payload, put.buffer):
                 self._buffers[free.size.bit_length()].append(free)
 
     def _buffer(self, size: int) -> U8:
@@ -321,45 +342,23 @@ class Session:
     def copy(self, record: Record, payload: U8) -> None:
         """Take over a record from another pack as it is."""
         self._new[record.id] = record.depth
-        self._room().add(record, payload, payload)
-
-    def _room(self) -> _Pack:
-        """Return a pack with room for one more record."""
-        if self._pack is not None and self._pack.builder.size >= PACK_SIZE:
-            if self._closer is None:
-                self._closer = ThreadPoolExecutor(1, "deltackpt-flush")
-            full = self._pack
-            self._finish_pack(full)  # first: an interrupt in between must not leave two to close one file
-            self._closing.append(submit(self._closer, full.close))
-            while len(self._closing) > 2:  # the disk is slower than the encoders: let it catch up
-                self._closing.popleft().result()
-        if self._pack is None:
-            name = PackName(self.sid, 0, len(self._packs))
-            self._pack = _Pack(PackBuilder(self.store.uuid, name), self._backend.create(name.key))
-        return self._pack
-
-    def _finish_pack(self, pack: _Pack) -> None:
-        self._packs.append((pack.builder.name, pack.builder.total_size, pack.builder.rows()))
-        self._pack = None
+        self._packer.add(record, payload, payload)
 
     def packs(self) -> frozenset[PackName]:
         """Return the packs written so far, that being filled included, and those that their deltas need."""
-        names = self._needed.union(name for name, _, _ in self._packs)
-        return frozenset(names | {self._pack.builder.name} if self._pack else names)
+        return frozenset(self._needed | self._packer.names())
 
     def rows(self) -> Rows:
         """Return a row of each record written, in order: what codec, depth and size each chunk got.
 
         Complete once `publish` has returned; `pack` says nothing.
         """
-        open_pack = [self._pack.builder.rows()] if self._pack else []
-        return np.concatenate([np.zeros(0, ROW), *(rows for _, _, rows in self._packs), *open_pack])
+        return self._packer.rows()
 
     def settle(self) -> None:
         """Encode and write what was put so far: nothing reads its data, or its bases', any more."""
         self._finish_encoding()
-        if self._pack is not None:
-            self._pack.flush()
+        self._packer.settle()
 
     def _finish_encoding(self) -> None:
         if self._batch:
@@ -372,13 +371,8 @@ class Session:
     def publish(self, manifest: bytes | None) -> None:
         """Write what is left of W4: close the packs, then index and manifest, durable on return."""
         self._finish_encoding()
-        if self._pack is not None:
-            pack = self._pack
-            self._finish_pack(pack)
-            self._closing.append(_done(pack.close()))
-        for closing in self._closing:
-            closing.result()
-        if self._packs:
+        self._packer.finish()
+        if self._packer.done:
             # Packs before index: an index that outlives its packs would promise chunks that are not there.
             self._backend.barrier("packs")
             self._publish_index()
@@ -388,13 +382,13 @@ class Session:
         self._check_packs()
 
     def _publish_index(self) -> None:
-        segment, merged = Segment.build(self._packs), self.store.to_merge()
+        segment, merged = Segment.build(self._packer.done), self.store.to_merge()
         whole = Segment.merge([segment, *merged.values()]) if merged else segment
         key = index_key(self.sid)
         # Flushed but without a barrier: derived data; if a power loss takes its name the packs tell the same.
         self._create(key, whole.to_bytes(self.store.uuid, self.sid))
         self.store.learn(key, segment, merged)
-        self.written_size += sum(size for _, size, _ in self._packs)
+        self.written_size += sum(size for _, size, _ in self._packer.done)
         if merged:
             # The merged file before the others go: a look-up finds the one or the other.
             self._backend.barrier("index")
@@ -409,7 +403,7 @@ class Session:
         self.written_size += len(data)
 
     def _check_packs(self) -> None:
-        for name, size, _ in self._packs:
+        for name, size, _ in self._packer.done:
             try:
                 found = self._backend.size(name.key)
             except NotFoundError:
@@ -476,14 +470,11 @@ class Session:
         """
         if self.name is None:
             return
-        for *_, encoded in self._encoding:
-            encoded.cancel()
+        for encoding in self._encoding:
+            encoding.ready.cancel()
         self._batch, self._encoding = [], deque()  # they hold what was to be written
         try:
-            if self._pack is not None:
-                self._pack.writer.abort()
-            for closing in self._closing:
-                closing.exception()
+            self._packer.abort()
             if not self.deciding:
                 self._backend.delete(manifest_key(self.sid))
             self._close()
@@ -491,54 +482,8 @@ class Session:
             log.warning("session %s left behind: %s", self.sid.hex(), e.message)
 
     def _close(self) -> None:
-        if self._closer is not None:
-            self._closer.shutdown()
         self._backend.delete(self.name.key)
         self.name = None  # type: ignore[assignment]
-
-
-class _Pack:
-    """A pack being filled: its builder, its file, and what was not yet written."""
-
-    def __init__(self, builder: PackBuilder, writer: Writer) -> None:
-        self.builder = builder
-        self.writer = writer
-        self._pending: list[Payload] = [builder.header()]
-        self._pending_size = 0
-        self._held: list[U8] = []
-
-    def add(self, record: Record, payload: Payload, buffer: U8) -> list[U8]:
-        """Append a record whose payload may live in `buffer`; return the buffers that are free now."""
-        self.builder.add(record)
-        self._held.append(buffer)
-        self._gather(record.to_bytes(), payload)
-        free, self._held = ([], self._held) if self._pending else (self._held, [])
-        return free
-
-    def _gather(self, *buffers: Payload) -> None:
-        self._pending += buffers
-        self._pending_size += sum(map(len, buffers))
-        if self._pending_size >= _WRITE_SIZE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was added so far."""
-        self.writer.write(*self._pending)
-        self._pending, self._pending_size = [], 0
-
-    def close(self) -> int:
-        """Write the footer, flush and publish; return the pack's size."""
-        self._pending.append(self.builder.footer())
-        self.flush()
-        if not self.writer.commit():
-            raise ConflictError(f"{self.builder.name.key}: exists already", hint="save again")
-        return self.builder.total_size
-
-
-def _done(value: int) -> Future[int]:
-    future: Future[int] = Future()
-    future.set_result(value)
-    return future
 
 
 class _Put(NamedTuple):
@@ -561,6 +506,15 @@ class _Ready(NamedTuple):
     payload: Payload
 
 
+class _Encoding(NamedTuple):
+    """A batch that encoders have been given; `size`: bytes of its chunks, and of bases that are read."""
+
+    size: int
+    batch: list[_Put]
+    job: Job
+    ready: Future[list[_Ready]]
+
+
 class _Local(threading.local):
     """What each thread reads the bases of a batch into."""
 
@@ -571,22 +525,15 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
-    read = _read_bases(store, [put.base for put in puts if put.base is not None and put.base.data is None])
-    chunks = []
-    for put in puts:
-        base = None
-        if put.base is not None:
-            data = put.base.data if put.base.data is not None else read.get(put.base.id)
-            base = Base(data, put.base.offset, put.base.cast) if data is not None else None
-        chunks.append(Chunk(put.data, put.kind, put.buffer, base, put.mode))
-    ready = []
+def _encode(store: Store, puts: list[_Put], job: Job, pace: Pace) -> list[_Ready]:
+    start_s, start_cpu_s = time.perf_counter(), time.thread_time()
     try:
-        encoded = codecs.encode_all(chunks)
+        encoded = _encoded(store, puts, job)
     except InvalidInputError:
         _check_unchanged(puts)  # what changes meanwhile may be of other sizes at every look
         raise
     _check_unchanged(puts)
+    ready = []
     for put, (codec, payload) in zip(puts, encoded, strict=True):
         is_delta = put.base is not None and codec in codecs.DELTAS
         record = Record.of(
@@ -599,7 +546,23 @@ def _encode(store: Store, puts: list[_Put]) -> list[_Ready]:
             base=put.base.id if put.base is not None and is_delta else NO_BASE,
         )
         ready.append(_Ready(record, payload))
+    took = Took(time.thread_time() - start_cpu_s, sum(len(payload) for _, payload in encoded))
+    pace.over(job, took, time.perf_counter() - start_s)
     return ready
+
+
+def _encoded(store: Store, puts: list[_Put], job: Job) -> list[Encoded]:
+    if job.effort == "raw":
+        return [Encoded(codecs.raw.NUMBER, put.data) for put in puts]
+    read = _read_bases(store, [put.base for put in puts if put.base is not None and put.base.data is None])
+    chunks = []
+    for put in puts:
+        base = None
+        if put.base is not None:
+            data = put.base.data if put.base.data is not None else read.get(put.base.id)
+            base = Base(data, put.base.offset, put.base.cast) if data is not None else None
+        chunks.append(Chunk(put.data, put.kind, put.buffer, base, put.mode))
+    return codecs.encode_all(chunks, fast=job.effort == "fast")
 
 
 def _check_unchanged(puts: Sequence[_Put]) -> None:

@@ -73,12 +73,14 @@ class Saved:
     tally: Tally
     taken: list[Taken]
     logical_size: int = 0
+    new_size: int = 0
+    is_small: bool = True
     n_chunks: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def memory(self, packs: frozenset[PackName], rows: Rows) -> Memory:
         """Return what to remember once the session has written these packs, and these rows."""
-        modes = learned(self.taken, rows)
+        modes = learned(self.taken, rows, is_small=self.is_small)
         shared: dict[frozenset[PackName], frozenset[PackName]] = {}  # one set for all tensors that have it
         tensors = []
         for known in self.tensors:
@@ -88,7 +90,7 @@ class Saved:
                     known, packs=shared.setdefault(together, together), modes=modes.get(known.row.name, {})
                 )
             tensors.append(known)
-        return Memory(tensors)
+        return Memory(tensors, new_share=self.new_size / self.logical_size if self.logical_size else 1.0)
 
     def costs(self, rows: Rows) -> list[GroupCost]:
         """Return what each group of tensors cost, given the rows of what the session wrote."""
@@ -172,6 +174,7 @@ def save_looks(
         Whether the bytes of what changed are copies, which may be kept for the shadow.
     """
     clock = _Clock()
+    session.pace.expect(sum(tensor.size for tensor in flat.tensors), memory.new_share)
     saver = _Saver(session, memory, shadow, clock, is_staged=is_staged)
     knowns = saver.all(flat.tensors, walk(saver.settle))
     rows = [
@@ -189,6 +192,8 @@ def save_looks(
         seconds=clock.seconds,
     )
     saved.logical_size = sum(row.size for row in rows)
+    saved.new_size = session.new_size
+    saved.is_small = session.pace.is_small()
     saved.n_chunks = sum(len(known.ends) for known in tensors)
     return saved
 
@@ -338,6 +343,8 @@ class _Saver:
                 known = self._renamed(look._replace(before=before))
             else:
                 known = self._changed(look, ends, fingerprints, whole, before, source)
+        if known.packs is not None:
+            self._session.pace.pass_by(look.tensor.size)
         self._knowns[look.at] = known
         return known
 
@@ -400,7 +407,7 @@ class _Saver:
     def _modes(self, group: list[_Pending], todo: list[list[_ToPut]]) -> list[dict[str, Tried | None]]:
         """Return how each tensor's chunks are taken: as in saves before, or as is best now, by trying.
 
-        None: the base cannot be read.
+        None: the base cannot be read.  Without an entry: there is no time to try.
         """
         modes: list[dict[str, Tried | None]] = []
         trials: list[tuple[dict[str, Tried | None], str, Trial]] = []
@@ -412,8 +419,14 @@ class _Saver:
             before = p.before.modes if p.before is not None else {}
             of = {why: before.get(why) for why in pairs}
             kind = kind_of(p.tensor.dtype)
-            trials += [(of, why, Trial(found, kind)) for why, found in pairs.items() if of[why] is None]
             modes.append(of)
+            untried = [why for why in pairs if of[why] is None]
+            # Trying costs as much as encoding half a megabyte: for nothing, if that is to be stored raw.
+            if untried and p.tensor.size <= _GROUP_SIZE and self._session.is_short_of_time(kind.itemsize):
+                for why in untried:
+                    del of[why]
+            else:
+                trials += [(of, why, Trial(pairs[why], kind)) for why in untried]
         best = run_trials(self._session.store, [trial for *_, trial in trials])
         for (of, why, _), mode in zip(trials, best, strict=True):
             of[why] = Tried(mode) if mode is not None else None
@@ -421,6 +434,7 @@ class _Saver:
 
     def _put(self, p: _Pending, puts: list[_ToPut], modes: dict[str, Tried | None]) -> None:
         """Put a tensor's chunks."""
+        self._session.pace.pass_by(p.tensor.size - sum(put.data.size for put in puts))
         kind, ids = kind_of(p.tensor.dtype), p.known.ids
         self.tally.put(p.known.row, ids[[put.i for put in puts]], [put.parent is not None for put in puts])
         for why, tried in modes.items():
@@ -430,7 +444,7 @@ class _Saver:
         for put in puts:
             tried, parent = modes.get(put.why), put.parent
             mode = tried.mode if tried is not None else None
-            if mode == codecs.WHOLE:
+            if mode == codecs.WHOLE or put.why not in modes:
                 parent = None  # or it would be read for nothing
             seen = p.known.fingerprints[put.i] if p.known.fingerprints is not None else None
             self._session.put(ids[put.i].tobytes(), put.data, kind, parent, mode, seen)

@@ -34,6 +34,7 @@ from deltackpt.index import Index, Rows, Segment, StoredSegment, to_merge
 from deltackpt.links import Reader, Row, Wanted
 from deltackpt.manifest import Manifest
 from deltackpt.pack import PackName
+from deltackpt.rates import Rates
 from deltackpt.records import Commit, GcRecord, SessionName, parse_gc_key, sid_of
 from deltackpt.refs import Refs
 from deltackpt.types import U8
@@ -68,6 +69,7 @@ class Store:
         self.chunker = Chunker.from_json(body["chunker"])
         self.depth_max: int = body["depth_max"]
         self.refs = Refs(backend)
+        self.rates = Rates()
         self._links = Reader(backend, self.pack_name, self.depth_max)
         self._index = Index()
         self._loaded: dict[str, int | None] = {}  # rows of each index file; None: damaged

@@ -258,8 +258,8 @@ def test_a_state_that_changes_while_it_is_saved_is_no_step(monkeypatch):
     w = weights(0)
     encode_all = session.codecs.encode_all
 
-    def meanwhile(chunks):
-        encoded = encode_all(chunks)
+    def meanwhile(chunks, **how):
+        encoded = encode_all(chunks, **how)
         w[50_000] += 1
         return encoded
 
@@ -559,11 +559,11 @@ def test_a_base_that_changes_under_its_cast_is_told_too(monkeypatch):
     w = weights(0)
     encode_all, calls = session.codecs.encode_all, []
 
-    def meanwhile(chunks):
+    def meanwhile(chunks, **how):
         if any(chunk.base is not None and chunk.base.cast for chunk in chunks):
             w[0] += 1
             calls.append(1)
-        return encode_all(chunks)
+        return encode_all(chunks, **how)
 
     run = open_run(MemoryBackend())
     with monkeypatch.context() as patch:

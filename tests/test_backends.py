@@ -415,6 +415,27 @@ def test_a_streamed_object_costs_one_flush(local, calls):
     assert calls.n_calls["fsync"] == 1
 
 
+def test_the_device_is_told_to_begin_with_what_is_to_be_flushed_and_may_refuse(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_module, "_BEHIND_SIZE", 1000)
+    told = []
+
+    def hook(call, *args):
+        if call == "write_behind":
+            told.append(args[1:])
+            raise OSError(errno.EINVAL, "no")
+
+    backend = LocalBackend(tmp_path, calls=HookedOs(hook))
+    backend.make_dirs(["packs", "tmp"])
+    with backend.create("packs/a") as writer:
+        for _ in range(5):
+            writer.write(bytes(400), bytes(100))
+        assert writer.commit()
+    assert told == [(0, 1000), (1000, 1000)]
+    backend.create_once("packs/b", bytes(5000), flush=False)
+    assert len(told) == 2
+    assert backend.read("packs/a") == bytes(2500)
+
+
 def test_what_need_not_survive_costs_no_flush(local, calls):
     local.create_once("sessions/1", b"1", flush=False)
     local.delete("sessions/1")

@@ -11,7 +11,7 @@ from deltas import nearly, taken
 from faults import CrashBackend, Cut, contents
 from steps import assert_steps, collect, floats, noise, opened, same, visible
 
-from deltackpt import gc, session, snapshot
+from deltackpt import gc, packer, snapshot
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError
 from deltackpt.manifest import Manifest
@@ -205,15 +205,15 @@ def test_a_writer_whose_files_a_gc_without_patience_takes_saves_again_or_is_told
 ):
     run = opened(tmp_path)
     run.save(state(1), step=1)
-    close = session._Pack.close
+    close = packer._Pack.close
     taken_away = []
 
-    def fenced(self):
+    def fenced(self, *arguments):
         if len(taken_away) < times:
             taken_away.append(gc.collect(tmp_path, patience_s=-1).fenced)  # with what it has in tmp/
-        return close(self)
+        return close(self, *arguments)
 
-    monkeypatch.setattr(session._Pack, "close", fenced)
+    monkeypatch.setattr(packer._Pack, "close", fenced)
     if times == 1:
         run.save(state(2), step=2)
         assert_steps(visible(tmp_path), {1: state(1), 2: state(2)})

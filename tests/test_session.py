@@ -69,7 +69,7 @@ def test_a_save_in_a_new_process_costs_at_most_eight_flushes(tmp_path):
 def test_chunks_of_ever_larger_sizes_need_no_memory_of_their_own_each(monkeypatch):
     monkeypatch.setattr(deltackpt.session, "_WINDOW_SIZE", 4096)
     monkeypatch.setattr(deltackpt.session, "_BATCH_SIZE", 1024)
-    monkeypatch.setattr(deltackpt.session, "_WRITE_SIZE", 1024)
+    monkeypatch.setattr(deltackpt.packer, "_WRITE_SIZE", 1024)
     with Session(open_store(MemoryBackend(), create=True), "main", 1) as session:
         for size in range(1024, 2024):
             session.put(size.to_bytes(32, "big"), np.zeros(size, np.uint8), Kind(1, False))
@@ -107,7 +107,7 @@ def test_packs_are_durable_before_the_index_and_all_before_the_decision():
 
 
 def test_packs_roll_over_and_are_found_again(monkeypatch):
-    monkeypatch.setattr(deltackpt.session, "PACK_SIZE", 100_000)
+    monkeypatch.setattr(deltackpt.packer, "PACK_SIZE", 100_000)
     backend = MemoryBackend()
     state = {f"w{i}": weights(20_000, seed=i) for i in range(10)}
     run_on(backend).save(state, step=1)

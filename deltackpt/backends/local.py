@@ -44,6 +44,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 #: Buffers in one readv or writev: IOV_MAX of Linux and of macOS.
 _N_VIEWS_MAX = 1024
 
+#: Bytes of an object after which the device is told to begin: the flush at its end then waits for the last
+#: of them only. A pack of 192 MiB took 62 ms instead of 95, by 32 MiB 71 (docs/design/0018).
+_BEHIND_SIZE = 8 << 20
+
 #: Files held open for reading. Half of the smallest usual limit on open files (256) is left to the caller.
 _N_OPEN_MAX = 64
 
@@ -429,6 +433,8 @@ class _LocalWriter(Writer):
         self._name = name
         self._flush = flush
         self._where = backend._where(name)
+        self._size = 0
+        self._begun_size = 0  # of that, what the device was told to begin with
         self._fd: int | None = None
         with _translated(self._where, "create"):
             self._tmp, self._fd = backend._open_tmp(name.rpartition("/")[2])
@@ -441,6 +447,11 @@ class _LocalWriter(Writer):
             done_size = _move(views, lambda some, _: self._os.writev(fd, some))
             if done_size < wanted_size:
                 raise OSError(errno.EIO, f"wrote {done_size} of {wanted_size} bytes")
+            self._size += done_size
+            if self._flush and self._size - self._begun_size >= _BEHIND_SIZE:
+                with suppress(OSError):  # it is the flush that counts
+                    self._os.write_behind(fd, self._begun_size, self._size - self._begun_size)
+                self._begun_size = self._size
 
     def commit(self) -> bool:
         fd = self._open_fd()

@@ -25,6 +25,12 @@ class Os:
         """Append; may write fewer bytes than given."""
         return os.writev(fd, views)
 
+    def write_behind(self, fd: int, offset: int, size: int) -> None:
+        """Have what was written here sent to the device, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            # Linux starts to write dirty pages before it looks which are clean and may go; these are not.
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
     def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
         """Read from a position; may read fewer bytes than wanted, 0 at the end."""
         return os.preadv(fd, views, offset)

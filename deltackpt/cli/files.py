@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from deltackpt.cli.group import cli
 from deltackpt.cli.options import complete_keys, metric_values, output_options, run_option, step_option
 from deltackpt.cli.printing import answer, progress, tell
+from deltackpt.efforts import Optimize
 from deltackpt.report import human_size, human_time
 from deltackpt.run import open_run
 
@@ -38,6 +40,13 @@ from deltackpt.run import open_run
 )
 @click.option("--overwrite", is_flag=True, help="Supersede the steps that are there already.")
 @click.option("--skip-existing", is_flag=True, help="Pass over the steps that are there already.")
+@click.option(
+    "--optimize",
+    type=click.Choice(get_args(Optimize)),
+    default="bytes",
+    show_default=True,
+    help="What to spare: time stores more where the storage outruns the encoders, energy where that is less.",
+)
 @click.option("--dry-run", is_flag=True, help="Say which step each file would be, and stop.")
 @output_options
 @click.pass_obj
@@ -49,6 +58,7 @@ def save(
     metrics: dict[str, float],
     overwrite: bool,
     skip_existing: bool,
+    optimize: Optimize,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -94,6 +104,7 @@ def save(
             store,
             run=run,
             existing=existing,
+            optimize=optimize,
             metrics=metrics,
             progress=told_progress,
         ):

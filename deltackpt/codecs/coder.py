@@ -124,6 +124,12 @@ def apart(planes: U8, sizes: Sequence[int]) -> list[U8]:
     return [planes[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
+def coarser(split: Split, bits_max: float) -> Split:
+    """Return a split of which planes of more bits a byte are taken for noise."""
+    bits = [b if b <= bits_max or b == TRY else 8.0 for b in split.bits]
+    return split._replace(bits=bits)
+
+
 def expected_size(split: Split) -> float:
     """Return about how large the payload will be."""
     sizes = [

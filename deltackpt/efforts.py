@@ -5,7 +5,7 @@ Never  measures or encodes anything.
 
 By time, a save may take what writing its whole state would, unchanged parts included.  Where most of it did
 not change, or the storage is slow, that leaves time for the smallest; where all changed and the storage is
-fast it does not.  docs/design/0018-effort.md has the measurements.
+fast it does not.  docs/design/0019-effort.md has the measurements.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Took(NamedTuple):
 
 #: Until it is measured: an NVMe SSD, copying to the page cache included.
 WRITE_S = 1e-9
-#: One core, fp32 weights ten steps apart, with and without their base (docs/design/0018-effort.md).
+#: One core, fp32 weights ten steps apart, with and without their base (docs/design/0019-effort.md).
 START: Mapping[bool, Mapping[Effort, Took]] = {
     True: {"small": Took(1.4e-9, 0.69), "fast": Took(0.65e-9, 0.78), "raw": Took(0.05e-9, 1.0)},
     False: {"small": Took(0.67e-9, 0.83), "raw": Took(0.05e-9, 1.0)},

@@ -272,6 +272,7 @@ class Session:
             or this or a later call raises `InvalidInputError`.
         """
         if chunk_id in self._new:
+            self.pace.pass_by(data.size)
             return
         depth, is_ours = 0, base is not None and base.id in self._new
         if base is not None and not is_ours and not base.packs:

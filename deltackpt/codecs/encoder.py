@@ -30,7 +30,7 @@ _N_SAMPLES, _N_SCALES = 512, 32
 _SCALE_GAIN = 0.05
 
 #: In haste only planes of fewer bits a byte are coded: half the CPU seconds, and 0.79 of the bytes of fp32
-#: weights ten steps apart instead of 0.70 (docs/design/0018).
+#: weights ten steps apart instead of 0.70 (docs/design/0019).
 _FAST_BITS = 1.0
 
 room = coder.room

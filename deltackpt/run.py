@@ -341,6 +341,7 @@ class Run:
         if self._resumed is None:
             self._resumed = found_step
         if self.keep is None:
+            self._steps = None  # a rule may be set later
             return report
         before = time.perf_counter()
         goes: list[int] = []
@@ -520,6 +521,9 @@ class Run:
             try:
                 report = self._saver.save(state, what, meter.read, allow_pickle=allow_pickle)
                 report = self._retained(report, self._saver.found_step)
+            except BaseException:
+                self._steps = None  # the step may be there all the same
+                raise
             finally:
                 self._lock.release()
             total_s = time.perf_counter() - start
@@ -660,6 +664,9 @@ class Run:
             raise ConflictError(f"run {self.name!r}: the save was given up before it began")
         try:
             report = self._retained(background.finish(), background.found_step)
+        except BaseException:
+            self._steps = None  # the step may be there all the same
+            raise
         finally:
             self._lock.release()
         total_s = time.perf_counter() - start

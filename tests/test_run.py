@@ -388,3 +388,29 @@ def test_what_another_saved_meanwhile_stays_until_the_run_is_opened_again():
     assert run.save({"w": [4]}, step=4).forgotten == [1]
     assert other.steps() == [2, 3, 4]
     assert kept(backend, last(2), (5,))[0].steps() == [4, 5]
+
+
+def test_what_was_saved_without_rules_goes_by_them_once_there_are_some():
+    run, _ = kept(MemoryBackend(), last(1), (1, 2))
+    run.keep = None
+    run.save({"w": [3]}, step=3)
+    run.keep = last(1)
+    assert run.save({"w": [4]}, step=4).forgotten == [2, 3]
+
+
+def test_a_step_whose_save_failed_after_its_decision_goes_by_the_rules():
+    inner = MemoryBackend()
+    run = open_run(inner, keep=last(2))
+    run.save({"w": [1]}, step=1)
+    decide = run.store.refs.decide
+
+    def lost(decision):
+        decide(decision)
+        raise StorageError("the answer is lost")
+
+    run.store.refs.decide = lost
+    with pytest.raises(StorageError):
+        run.save({"w": [2]}, step=2)
+    run.store.refs.decide = decide
+    assert run.save({"w": [3]}, step=3).forgotten == [1]
+    assert run.save({"w": [4]}, step=4).forgotten == [2]

@@ -45,7 +45,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _N_VIEWS_MAX = 1024
 
 #: Bytes of an object after which the device is told to begin: the flush at its end then waits for the last
-#: of them only. A pack of 192 MiB took 62 ms instead of 95, by 32 MiB 71 (docs/design/0019).
+#: of them only. Hashed and written, 192 MiB took 100 ms instead of 138, by 32 MiB 116 (docs/design/0019).
 _BEHIND_SIZE = 8 << 20
 
 #: Files held open for reading. Half of the smallest usual limit on open files (256) is left to the caller.

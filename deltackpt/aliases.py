@@ -43,6 +43,8 @@ class Source(NamedTuple):
         An array whose memory holds it.
     span : (int, int) or None
         The addresses that it lies between, as it is; None if it is that array's elements without gaps.
+    arrays : tuple of Facts
+        All arrays that it holds.
     """
 
     owner: int
@@ -50,6 +52,7 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     facts: Facts
     span: tuple[int, int] | None
+    arrays: tuple[Facts, ...]
 
     def named(self, name: str) -> Tensor | Deferred:
         """Return the tensor; its bytes alias the array's, or are copied when they are needed."""
@@ -84,7 +87,7 @@ def gather(arrays: Sequence[Facts]) -> tuple[list[Source], list[tuple[int, View]
     for group in sorted(found):
         facts = arrays[group[0]]
         if len(group) == 1 and facts.is_simple:  # nearly all are: 3 us each instead of 25
-            source = Source(group[0], facts.dtype, facts.layout.shape, facts, facts.layout.span)
+            source = Source(group[0], facts.dtype, facts.layout.shape, facts, facts.layout.span, (facts,))
             views[group[0]] = len(sources), facts.as_whole()
         else:
             source = _source(arrays, group)
@@ -148,16 +151,16 @@ def _apart(arrays: Sequence[Facts], group: list[int]) -> list[list[int]]:
 
 def _source(arrays: Sequence[Facts], group: list[int]) -> Source:
     """Return what is stored for the arrays of one stretch of memory."""
-    first = arrays[group[0]]
+    first, all_ = arrays[group[0]], tuple([arrays[i] for i in group])
     spans = [arrays[i].layout.span for i in group]
     whole = _aligned(arrays, group, min(start for start, _ in spans)), max(stop for _, stop in spans)
     fits = [i for i, span in zip(group, spans, strict=True) if span == whole and _is_solid(arrays[i])]
     if fits:
         owner = next((i for i in fits if arrays[i].layout.is_plain), fits[0])
-        return _carried(arrays[owner], owner, whole)
+        return _carried(arrays[owner], owner, whole, all_)
     is_alone = all((arrays[i].layout, arrays[i].dtype) == (first.layout, first.dtype) for i in group)
     if is_alone and not first.layout.narrowed().overlaps():
-        return _carried(first, group[0], None)
+        return _carried(first, group[0], None, all_)
     dtype, itemsize = first.dtype, first.layout.itemsize
     steps = [whole[1] - whole[0]]
     for i in group:
@@ -165,7 +168,7 @@ def _source(arrays: Sequence[Facts], group: list[int]) -> Source:
     if any(arrays[i].dtype != dtype for i in group) or any(step % itemsize for step in steps):
         dtype, itemsize = "uint8", 1
     plain = Layout.plain(((whole[1] - whole[0]) // itemsize,), itemsize, whole[0])
-    return _carried(replace(first, dtype=dtype, layout=plain), group[0], whole)
+    return _carried(replace(first, dtype=dtype, layout=plain), group[0], whole, all_)
 
 
 def _aligned(arrays: Sequence[Facts], group: list[int], start: int) -> int:
@@ -183,14 +186,14 @@ def _is_solid(facts: Facts) -> bool:
     return facts.layout.narrowed().is_solid()
 
 
-def _carried(facts: Facts, owner: int, span: tuple[int, int] | None) -> Source:
+def _carried(facts: Facts, owner: int, span: tuple[int, int] | None, arrays: tuple[Facts, ...]) -> Source:
     """Return an array's elements, axes in the order of memory, as those of the dtype that carries its own."""
     narrow = facts.layout.narrowed()
     # A plain array's axes are as they are, even those of one element.
     order = range(len(narrow.shape)) if facts.layout.is_plain else narrow.order()
     dtype, n_units = carrier(facts.dtype)
     shape = tuple([narrow.shape[axis] for axis in order])
-    return Source(owner, dtype, shape if n_units == 1 else (*shape, n_units), facts, span)
+    return Source(owner, dtype, shape if n_units == 1 else (*shape, n_units), facts, span, arrays)
 
 
 def _view(facts: Facts, source: Source) -> View:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from deltackpt import dtypes
+from deltackpt import devices, dtypes
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
 from deltackpt.layout import Layout, plain_strides
 from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, WHOLE, Framework, Tensor, View
@@ -110,28 +110,49 @@ def memory(facts: Facts, start: int, stop: int, *, writable: bool = False) -> U8
         return facts.array.data[start - at : stop - at]
     if facts.is_direct:
         return np.asarray(_Memory(start, stop - start, facts.array, not writable))
-    plain = facts.array.detach()
-    if plain.is_conj() or plain.is_neg():
-        plain = plain.resolve_conj().resolve_neg().contiguous()
-        start, stop = 0, plain.numel() * plain.element_size()
-        raw = _strided(plain, "uint8", Layout.plain((stop,), 1))
-    else:
-        offset = start - facts.layout.offset + plain.storage_offset() * plain.element_size()
-        raw = _strided(plain, "uint8", Layout.plain((stop - start,), 1, offset))
-    return _torch_bytes(raw.cpu(), "uint8")
+    return _fetched(facts, on_device(facts, (start, stop)))
 
 
 def packed(facts: Facts) -> U8:
     """Return a copy of an array's elements without gaps, its axes in the order they have in memory."""
-    order = facts.layout.order()
-    narrow = tuple(
+    if facts.framework == "numpy":
+        return _numpy_bytes(facts.array[_narrow(facts)].transpose(facts.layout.order()).copy(order="C"))
+    return _fetched(facts, on_device(facts, None))
+
+
+def on_device(facts: Facts, span: tuple[int, int] | None) -> Array:
+    """Return the bytes of a torch tensor where they are, as a tensor of uint8 and of one axis.
+
+    Parameters
+    ----------
+    facts : Facts
+        Of a torch tensor.
+    span : (int, int) or None
+        As `memory` takes it: its own memory, or a copy there with its signs resolved.  None: a copy there of
+        its elements, as `packed` returns them.
+    """
+    plain = facts.array.detach()
+    if span is None:
+        packed = _as_carrier(plain)[_narrow(facts)].permute(facts.layout.order()).contiguous()
+        return packed.reshape(-1).view(sys.modules["torch"].uint8)
+    start, stop = span
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg().contiguous()
+        return _strided(plain, "uint8", Layout.plain((plain.numel() * plain.element_size(),), 1))
+    offset = start - facts.layout.offset + plain.storage_offset() * plain.element_size()
+    return _strided(plain, "uint8", Layout.plain((stop - start,), 1, offset))
+
+
+def _narrow(facts: Facts) -> tuple[slice, ...]:
+    """Return what picks one of the elements of an axis that are all in one place."""
+    return tuple(
         slice(0, 1) if stride == 0 and n else slice(None)
         for n, stride in zip(facts.layout.shape, facts.layout.strides, strict=True)
     )
-    if facts.framework == "numpy":
-        return _numpy_bytes(facts.array[narrow].transpose(order).copy(order="C"))
-    x = _as_carrier(facts.array.detach())[narrow]
-    return _torch_bytes(x.permute(order).contiguous().cpu(), _torch_names()[x.dtype])
+
+
+def _fetched(facts: Facts, raw: Array) -> U8:
+    return devices.fetch(raw) if facts.device is not None else _torch_bytes(raw, "uint8")
 
 
 class _Memory:
@@ -468,7 +489,7 @@ def _look_torch(x: Array, name: str) -> Facts:
     shape = tuple(x.shape)
     if x.is_meta and x.numel():
         raise InvalidInputError(f"{name}: a meta tensor has no bytes", hint="give it its values first")
-    device = None if x.is_cpu else str(x.device)
+    device = devices.device_of(x)
     parameter = kind is torch.nn.Parameter
     if x.is_conj() or x.is_neg():  # the memory whose signs it changes when read is no copy of it
         space: Hashable = (id(x), "resolved")
@@ -477,13 +498,13 @@ def _look_torch(x: Array, name: str) -> Facts:
         space = device or "torch"
         strides = tuple([stride * itemsize for stride in x.stride()])
         strides = strides if x.numel() else plain_strides(shape, itemsize)
+        layout, is_direct = Layout(shape, strides, x.data_ptr(), itemsize), device is None
         # FSDP frees parameters by shrinking their storage: reading one would read what is somebody else's.
-        span = Layout(shape, strides, x.storage_offset() * itemsize, itemsize).span
-        if x.numel() and span[1] > x.untyped_storage().nbytes():
+        end = layout.span[1] - layout.offset + x.storage_offset() * itemsize
+        if x.numel() and end > x.untyped_storage().nbytes():
             raise InvalidInputError(
                 f"{name}: a tensor whose storage was freed has no bytes", hint="give it its values first"
             )
-        layout, is_direct = Layout(shape, strides, x.data_ptr(), itemsize), x.is_cpu
     return Facts(x, "torch", dtype, layout, space, is_direct, parameter, x.requires_grad, device)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from deltackpt import snapshot
 from deltackpt.energy import Meter
+from deltackpt.glances import Glances
 from deltackpt.memory import Memory
 from deltackpt.report import SaveReport
 from deltackpt.saver import Saver, What
@@ -40,6 +41,9 @@ class Background(Protocol):
 
     def finish(self) -> SaveReport:
         """Save what is sent; durable on return."""
+
+    def remember(self, glances: Glances) -> None:
+        """Remember the glances at the step that `finish` saved."""
 
     def abort(self, error: BaseException) -> None:
         """Give the save up, since staging failed before anybody called `finish`."""
@@ -80,7 +84,7 @@ class InThread:
     def line(self, flat: Flat, begin: Callable[[], None]) -> Line:
         """See `Background.line`."""
         # The state itself is the caller's again once it is staged: the thread must not hold it.
-        self._flat = flat._replace(tensors=[without_bytes(tensor) for tensor in flat.tensors])
+        self._flat = Flat(flat.structure, [without_bytes(tensor) for tensor in flat.tensors])
         self._queue = Queue(begin)
         return self._queue
 
@@ -98,6 +102,11 @@ class InThread:
             )
         finally:
             self._queue.close()
+
+    def remember(self, glances: Glances) -> None:
+        """See `Background.remember`."""
+        assert self._saver.memory is not None
+        self._saver.memory.glances = glances
 
     def abort(self, error: BaseException) -> None:
         """See `Background.abort`."""

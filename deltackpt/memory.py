@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from deltackpt.glances import NONE, Glances
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.modes import Modes
 from deltackpt.pack import PackName
@@ -58,16 +59,20 @@ class Sized(NamedTuple):
 
 
 class Memory:
-    """The tensors of one snapshot as `Known`, by name and by content.
+    """The tensors of one snapshot as `Known`, by name and by content; and the glances at them.
 
     Parameters
     ----------
     tensors : iterable of Known
+    glances : Glances
     new_share : float
         The part of its bytes that was new to the store: so much is expected to change again.
     """
 
-    def __init__(self, tensors: Iterable[Known] = (), *, new_share: float = 1.0) -> None:
+    def __init__(
+        self, tensors: Iterable[Known] = (), glances: Glances = NONE, *, new_share: float = 1.0
+    ) -> None:
+        self.glances = glances
         self.new_share = new_share
         self._by_name: dict[str, Known] = {}
         self._by_content: dict[tuple[int, bytes], Known] = {}
@@ -75,6 +80,10 @@ class Memory:
         self._before: dict[bytes, Sized] = {}
         for known in tensors:
             self.add(known)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the glances here: they are of this process's memory."""
+        return {**vars(self), "glances": NONE}
 
     def add(self, known: Known) -> None:
         """Remember one more tensor."""

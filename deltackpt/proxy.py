@@ -22,13 +22,14 @@ from deltackpt.backends import Backend
 from deltackpt.energy import Meter
 from deltackpt.errors import StorageError
 from deltackpt.format import CHUNK_ID_SIZE
+from deltackpt.glances import Glances
 from deltackpt.manifest import TensorRow
 from deltackpt.memory import Ends, Known, Memory
 from deltackpt.report import SaveReport
 from deltackpt.saver import Saver, What
 from deltackpt.staging import Line, Look, Reusable
 from deltackpt.tree import Flat
-from deltackpt.types import Deferred, Tensor
+from deltackpt.types import Deferred, Tensor, without_bytes
 from deltackpt.wire import (
     SIGNALS,
     Bare,
@@ -156,7 +157,7 @@ class Proxy:
     def line(self, flat: Flat, begin: Callable[[], None]) -> Line:
         """See `Background.line`."""
         self._begin = begin
-        self._tensors = flat.tensors
+        self._tensors = list(map(without_bytes, flat.tensors))  # the state is not to be held
         bare = [(t.name, t.dtype, t.shape, t.framework) for t in flat.tensors]
         likest = self._saver.before(flat.tensors) if self._is_new else None
         plan = Plan(flat.structure, bare if bare != self._bare else None, likest)
@@ -233,6 +234,10 @@ class Proxy:
         finally:
             self._drop()
         return done.report
+
+    def remember(self, glances: Glances) -> None:
+        """See `Background.remember`."""
+        self._seen.glances = glances
 
     def _known(self, at: int, tensor: Tensor | Deferred) -> Known:
         if at not in self._cuts:

@@ -38,6 +38,7 @@ from deltackpt.errors import (
     NotFoundError,
 )
 from deltackpt.fork import take_over
+from deltackpt.glances import Watch
 from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.pending import Pending
@@ -82,6 +83,7 @@ class Run:
         keep: Rule | None = None,
         shadow: int = SIZE_MAX,
         memory_max: int | None = None,
+        audit_every: int = 1,
         on_save: Callable[[SaveReport], object] | None = None,
         optimize: Optimize = "time",
     ) -> None:
@@ -93,7 +95,13 @@ class Run:
             raise InvalidInputError(
                 f"on_save: found {on_save!r}, expected a function of a report", hint="on_save=print"
             )
+        if isinstance(audit_every, bool) or not isinstance(audit_every, int) or audit_every < 1:
+            raise InvalidInputError(
+                f"audit_every: found {audit_every!r}, expected a number of saves, 1 or more",
+                hint="audit_every=10",
+            )
         self.store = store
+        self.audit_every = audit_every
         self.name = check_run(name)
         self.keep = keep
         self.on_save = on_save
@@ -104,7 +112,7 @@ class Run:
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
         self._shadow_size_max = shadow if memory_max is None else min(shadow, memory_max // 3)
-        self._saver = Saver(store, self.name, Shadow(self._shadow_size_max))
+        self._saver = Saver(store, self.name, Shadow(self._shadow_size_max), audit_every)
         self._proxy: Proxy | None = None
         self._has_processes = True
         self._pendings: list[Pending] = []  # under way, or failed and not told
@@ -613,9 +621,11 @@ class Run:
             pending = Pending(self.name, what.step)
             line = background.line(flat, pending.begin)
             staging = Staging(self._room(background), start, line)
-            pending.work = partial(self._finish, background, staging, start, owner, waits=waits)
+            watch = snapshot.watch_of(flat, memory, self.audit_every, what.step)
+            pending.work = partial(self._finish, background, staging, watch, start, owner, waits=waits)
             self._pendings.append(pending)
-            staging.stage(looks(flat.tensors, snapshot.order_of(flat.tensors), memory, reusable))
+            order = snapshot.order_of(flat.tensors)
+            staging.stage(looks(flat.tensors, order, memory, reusable, watch, staging.make_room))
         except BaseException as e:
             if owner.acquire(blocking=False):  # or the thread has it, and takes back what it wrote
                 try:
@@ -657,13 +667,22 @@ class Run:
         return None if self.memory_max is None else max(0, self.memory_max - background.shadow_size)
 
     def _finish(
-        self, background: Background, staging: Staging, start: float, owner: threading.Lock, *, waits: bool
+        self,
+        background: Background,
+        staging: Staging,
+        watch: Watch,
+        start: float,
+        owner: threading.Lock,
+        *,
+        waits: bool,
     ) -> SaveReport:
         """Save what is staged, in a thread; then let go of the lock."""
         if not owner.acquire(blocking=False):
             raise ConflictError(f"run {self.name!r}: the save was given up before it began")
         try:
-            report = self._retained(background.finish(), background.found_step)
+            report = background.finish()
+            background.remember(watch.glances())
+            report = self._retained(report, background.found_step)
         except BaseException:
             self._steps = None  # the step may be there all the same
             raise
@@ -826,6 +845,7 @@ def open_run(
     keep: Rule | None = None,
     shadow: int = SIZE_MAX,
     memory_max: int | None = None,
+    audit_every: int = 1,
     on_save: Callable[[SaveReport], object] | None = None,
     optimize: Optimize = "time",
 ) -> Run:
@@ -850,6 +870,11 @@ def open_run(
         Bytes of memory, at most, for copies of the state: the shadow, a third of it at most, and what
         `Run.save_async` copies so that training may go on.  Where a state changes by more, that waits until
         there is room again.  By default there is no bound on the copies of one save.
+    audit_every : int
+        Hash every tensor in one of so many saves.  In the others a torch tensor that needs no gradient, lies
+        where it lay, and was not written to as far as torch counts is taken for what it was.  Torch does not
+        count all writes: docs/howto/async.md says which, and what an audit does that finds one.  By default
+        every save hashes everything.
     on_save : callable, optional
         Given the `SaveReport` of each save once it is durable, in the thread that saves: `print`, or
         `scalars.tensorboard` and `scalars.wandb`.  What it raises is logged, and no save fails for it.
@@ -881,6 +906,7 @@ def open_run(
         keep=keep,
         shadow=shadow,
         memory_max=memory_max,
+        audit_every=audit_every,
         on_save=on_save,
         optimize=optimize,
     )

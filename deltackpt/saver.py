@@ -74,6 +74,8 @@ class Saver:
     store : Store
     run : str
     shadow : Shadow
+    audit_every : int
+        As `Watch` takes it.
 
     Attributes
     ----------
@@ -85,10 +87,11 @@ class Saver:
         The latest step there was when this first looked.
     """
 
-    def __init__(self, store: Store, run: str, shadow: Shadow) -> None:
+    def __init__(self, store: Store, run: str, shadow: Shadow, audit_every: int = 1) -> None:
         self.store = store
         self.run = run
         self.shadow = shadow
+        self._audit_every = audit_every
         self.memory: Memory | None = None
         self.last_step: int | None = None
         self.found_step: int | None = None
@@ -177,7 +180,14 @@ class Saver:
     ) -> SaveReport:
         start = time.perf_counter()
         with session:
-            saved = snapshot.save(session, state, self.before, self.shadow, allow_pickle=allow_pickle)
+            saved = snapshot.save(
+                session,
+                state,
+                self.before,
+                self.shadow,
+                allow_pickle=allow_pickle,
+                audit_every=self._audit_every,
+            )
             return self._commit(session, saved, what, taken, start)
 
     def save_looks(

@@ -24,6 +24,7 @@ from deltackpt.codecs import Kind
 from deltackpt.digests import fingerprint, identify
 from deltackpt.dtypes import kind_of
 from deltackpt.format import CHUNK_ID_SIZE
+from deltackpt.glances import NONE, Glances, Watch
 from deltackpt.groups import GroupCost
 from deltackpt.index import Rows
 from deltackpt.manifest import Manifest, TensorRow, build_lists
@@ -64,6 +65,8 @@ class Saved:
         What was put for which tensor.
     taken : list of Taken
         How.
+    glances : Glances
+        What tells, at the next save, that a tensor need not be looked at.
     """
 
     manifest: Manifest
@@ -72,6 +75,7 @@ class Saved:
     fresh: list[Fresh]
     tally: Tally
     taken: list[Taken]
+    glances: Glances = NONE
     logical_size: int = 0
     new_size: int = 0
     is_small: bool = True
@@ -90,7 +94,8 @@ class Saved:
                     known, packs=shared.setdefault(together, together), modes=modes.get(known.row.name, {})
                 )
             tensors.append(known)
-        return Memory(tensors, new_share=self.new_size / self.logical_size if self.logical_size else 1.0)
+        new_share = self.new_size / self.logical_size if self.logical_size else 1.0
+        return Memory(tensors, self.glances, new_share=new_share)
 
     def costs(self, rows: Rows) -> list[GroupCost]:
         """Return what each group of tensors cost, given the rows of what the session wrote."""
@@ -118,6 +123,7 @@ def save(
     shadow: Shadow,
     *,
     allow_pickle: bool = False,
+    audit_every: int = 1,
 ) -> Saved:
     """Put the chunks of a state that the store lacks into a session.
 
@@ -132,6 +138,8 @@ def save(
         The previous snapshot's bytes, as far as they are in memory.
     allow_pickle : bool
         Pickle what has no plain form.
+    audit_every : int
+        As `Watch` takes it.
 
     Raises
     ------
@@ -142,8 +150,10 @@ def save(
     flat = tree.flatten(state, allow_pickle=allow_pickle)
     flatten_s = time.perf_counter() - start
     memory = before(flat.tensors)
-    found = looks(flat.tensors, order_of(flat.tensors), memory, reusable(session))
+    watch = watch_of(flat, memory, audit_every, session.slot.step)
+    found = looks(flat.tensors, order_of(flat.tensors), memory, reusable(session), watch)
     saved = save_looks(session, flat, lambda _: found, memory, shadow)
+    saved.glances = watch.glances()
     saved.seconds = {"flatten": flatten_s, **saved.seconds}
     return saved
 
@@ -201,6 +211,12 @@ def save_looks(
 def order_of(tensors: Sequence[Tensor | Deferred]) -> list[int]:
     """Return the order in which tensors are to be looked at: casts of others after those."""
     return Casts(tensors).order(tensors)
+
+
+def watch_of(flat: Flat, memory: Memory, audit_every: int, step: int) -> Watch:
+    """Glance at a state's tensors."""
+    names = [tensor.name for tensor in flat.tensors]
+    return Watch(names, flat.sources, memory.glances, audit_every, step=step)
 
 
 def reusable(session: Session) -> Reusable:

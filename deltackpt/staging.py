@@ -17,10 +17,11 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from deltackpt.digests import fingerprint
+from deltackpt.glances import Watch
 from deltackpt.memory import Known, Memory
 from deltackpt.types import U8, Deferred, Tensor
 
-_ZERO = np.zeros(1, np.uint8)
+_ZERO = bytes(1)
 #: What copies are made in: as much of it as is written takes memory.
 _PIECE_SIZE = 32 << 20
 _ALIGNMENT = 64
@@ -60,22 +61,62 @@ class Look(NamedTuple):
     is_own: bool
 
 
-def look(at: int, given: Tensor | Deferred, memory: Memory, reusable: Reusable) -> Look:
-    """Compare one tensor with what is remembered."""
-    tensor = given.taken() if isinstance(given, Deferred) else given
-    before = memory.same_place(tensor)
+def look(
+    at: int,
+    given: Tensor | Deferred,
+    memory: Memory,
+    reusable: Reusable,
+    watch: Watch,
+    make_room: Callable[[int], None] = lambda size: None,
+) -> Look:
+    """Compare one tensor with what is remembered.
+
+    Parameters
+    ----------
+    at : int
+    given : Tensor or Deferred
+    memory : Memory
+    reusable : callable
+    watch : Watch
+        Tells what need not be looked at.
+    make_room : callable
+        Given bytes, before as many are copied to be looked at.
+    """
+    before = memory.same_place(given)
+    if before is not None and before.fingerprints is not None and watch.is_same(at) and reusable(before):
+        watch.passed(at)
+        tensor = _bare(given) if isinstance(given, Deferred) else given
+        return Look(at, tensor, before, before.fingerprints, True, False)
+    if isinstance(given, Deferred):
+        make_room(given.size)
+        tensor = given.taken()
+    else:
+        tensor = given
     fingerprints = fingerprint(tensor.data, before.ends) if before is not None else []
-    is_same = before is not None and fingerprints == before.fingerprints and reusable(before)
+    is_same = before is not None and fingerprints == before.fingerprints
+    watch.looked(at, is_same=is_same)
+    is_same = is_same and before is not None and reusable(before)
     return Look(at, tensor, before, fingerprints, is_same, tensor is not given)
 
 
 def looks(
-    tensors: Sequence[Tensor | Deferred], order: Iterable[int], memory: Memory, reusable: Reusable
+    tensors: Sequence[Tensor | Deferred],
+    order: Iterable[int],
+    memory: Memory,
+    reusable: Reusable,
+    watch: Watch,
+    make_room: Callable[[int], None] = lambda size: None,
 ) -> Iterator[Look]:
-    """Look at each tensor that has bytes when it is asked for, and copy none."""
+    """Look at each tensor that has bytes when it is asked for, and copy none that need not be."""
     for at in order:
         if tensors[at].size:
-            yield look(at, tensors[at], memory, reusable)
+            yield look(at, tensors[at], memory, reusable, watch, make_room)
+
+
+def _bare(tensor: Tensor | Deferred) -> Tensor:
+    """Return what a tensor is, with zeros that take no memory for its bytes."""
+    nothing = np.ndarray(tensor.size, np.uint8, _ZERO, 0, (0,))
+    return Tensor(tensor.name, tensor.dtype, tensor.shape, tensor.framework, nothing)
 
 
 class Line(Protocol):
@@ -118,7 +159,8 @@ class Staging:
     --------
     >>> tensor = Tensor("w", "uint8", (3,), "numpy", np.arange(3, dtype=np.uint8))
     >>> queue = Queue(lambda: None)
-    >>> Staging(None, 0.0, queue).stage([look(0, tensor, Memory(), lambda known: True)])
+    >>> watch = Watch(["w"], [None], Memory().glances, 1, step=0)
+    >>> Staging(None, 0.0, queue).stage([look(0, tensor, Memory(), lambda known: True, watch)])
     >>> tensor.data[:] = 0
     >>> [found.tensor.data.tolist() for found in queue.received(lambda: 0)]
     [[0, 1, 2]]
@@ -142,18 +184,24 @@ class Staging:
         self._line.end()
 
     def _stage(self, found: Look) -> None:
+        size = found.tensor.size
         if found.is_same:
+            self._size -= size if found.is_own else 0
             self._line.same(found)
             return
-        size = found.tensor.size
-        if self._size_max is not None and self._size + size > self._size_max:
-            self._size = self._line.settle()
-        if self._size_max is None or self._size + size <= self._size_max:
-            self._size += size
+        if not found.is_own:
+            self.make_room(size)
+        if self._size_max is None or self._size <= self._size_max:
             self._line.copy(found)
         else:
             self._line.lend(found)
             self._size = self._line.settle()
+
+    def make_room(self, size: int) -> None:
+        """Take room for a copy; wait for it, if there is none, until those before are saved."""
+        if self._size_max is not None and self._size + size > self._size_max:
+            self._size = self._line.settle()
+        self._size += size
 
 
 class Queue:
@@ -175,8 +223,7 @@ class Queue:
 
     def same(self, found: Look) -> None:
         """See `Line.same`."""
-        nothing = np.broadcast_to(_ZERO, found.tensor.size)
-        self._queue.put(found._replace(tensor=replace(found.tensor, data=nothing), is_own=False))
+        self._queue.put(found._replace(tensor=_bare(found.tensor), is_own=False))
 
     def copy(self, found: Look) -> None:
         """See `Line.copy`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,10 +59,19 @@ def no_recursion_error(error: type[DeltackptError]) -> Iterator[None]:
 
 
 class Flat(NamedTuple):
-    """A state taken apart by `flatten`."""
+    """A state taken apart by `flatten`.
+
+    Parameters
+    ----------
+    structure : Json
+    tensors : list of Tensor or Deferred
+    sources : sequence of Source or None
+        Of each tensor, the arrays it holds; None of a blob, a text or a pickle.
+    """
 
     structure: Json
     tensors: list[Tensor | Deferred]
+    sources: Sequence[aliases.Source | None] = ()
 
 
 @no_recursion_error(InvalidInputError)
@@ -99,7 +108,7 @@ def flatten(state: State, *, allow_pickle: bool = False) -> Flat:
     """
     flattener = _Flattener(allow_pickle)
     structure = flattener.node(state, None, 0)
-    return Flat(structure, flattener.tensors())
+    return Flat(structure, *flattener.tensors())
 
 
 @no_recursion_error(FormatError)
@@ -260,12 +269,13 @@ class _Flattener:
         self._entries.append((path, node, data))
         return node
 
-    def tensors(self) -> list[Tensor | Deferred]:
-        """Return the tensors, and fill in the nodes that name them."""
+    def tensors(self) -> tuple[list[Tensor | Deferred], list[aliases.Source | None]]:
+        """Return the tensors and what they are of, and fill in the nodes that name them."""
         sources, views = aliases.gather(self._facts)
         paths = [path for path, _, data in self._entries if data is None]
         numbers: dict[int, int] = {}  # source: its tensor
         tensors: list[Tensor | Deferred] = []
+        of: list[aliases.Source | None] = []
         each = iter(views)
         for path, node, data in self._entries:
             if data is not None:
@@ -275,14 +285,16 @@ class _Flattener:
                 tensors.append(
                     Tensor(self._names.unique(name(path)), "uint8", content.shape, "numpy", content)
                 )
+                of.append(None)
                 continue
             at, view = next(each)
             if at not in numbers:
                 numbers[at] = len(tensors)
                 tensors.append(sources[at].named(self._names.unique(name(paths[sources[at].owner]))))
+                of.append(sources[at])
             node.clear()
             node.update(view_node(numbers[at], view))
-        return tensors
+        return tensors, of
 
 
 def _look(x: Any, path: Path) -> Facts:

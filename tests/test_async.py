@@ -20,6 +20,7 @@ from deltackpt import run as runs
 from deltackpt import staging as staging_module
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError, InvalidInputError, StorageError
+from deltackpt.glances import NONE, Watch
 from deltackpt.memory import Memory
 from deltackpt.saver import Saver
 from deltackpt.staging import Queue, Staging, StoppedError, looks
@@ -42,6 +43,11 @@ class Gate(MemoryBackend):
             if self.error is not None:
                 raise self.error
         return super().create(name)
+
+
+def watch(n: int) -> Watch:
+    """One that trusts nothing."""
+    return Watch([""] * n, [None] * n, NONE, 1, step=0)
 
 
 def weights(seed: int, n: int = 100_000) -> np.ndarray:
@@ -169,7 +175,7 @@ def test_what_fails_while_it_is_copied_leaves_nothing(gate):
     queue = Queue(lambda: None)
     staging = Staging(None, 0.0, queue)
     with pytest.raises(RuntimeError, match="the device is gone"):
-        staging.stage(looks(tensors, [0, 1], Memory(), lambda known: True))
+        staging.stage(looks(tensors, [0, 1], Memory(), lambda known: True, watch(2)))
     received = queue.received(lambda: 0)
     assert next(received).at == 0
     queue.fail(RuntimeError("the device is gone"))
@@ -223,7 +229,7 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
     thread = threading.Thread(target=take)
     queue = Queue(thread.start)
     staging = Staging(1_000_000, 0.0, queue)
-    staging.stage(looks(tensors, range(8), Memory(), lambda known: True))
+    staging.stage(looks(tensors, range(8), Memory(), lambda known: True, watch(8)))
     thread.join()
     assert most[0] == 800_000
     assert len(waves) == 4
@@ -502,7 +508,7 @@ def test_what_did_not_change_takes_no_memory_though_it_had_to_be_copied_to_be_lo
         tensors = runs.tree.flatten(state).tensors
         queue = Queue(lambda: None)
         staging = Staging(1_000_000, 0.0, queue)
-        staging.stage(looks(tensors, range(8), run._saver.memory, lambda known: True))
+        staging.stage(looks(tensors, range(8), run._saver.memory, lambda known: True, watch(8)))
         held = {
             len(set(look.tensor.data.strides)) and look.tensor.data.strides
             for look in queue.received(lambda: 0)

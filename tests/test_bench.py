@@ -515,3 +515,22 @@ def test_a_simulated_index_is_one(tmp_path):
     segments = store.refresh(complete=True).segments
     assert sum(len(segment.rows) for segment in segments) == 20_080
     assert all((np.diff(segment.keys.astype(object)) > 0).all() for segment in segments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here")
+def test_without_a_gpu_its_benchmark_says_so_and_does_nothing(tmp_path: Path):
+    assert run_bench("device.py", "--dir", tmp_path) == "no GPU here\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_of_a_gpu_runs_as_far_as_it_can_without_one(bench: None, tmp_path: Path):
+    import device
+
+    found = device.measured(1 << 20, False, tmp_path / "at", 1, "cpu")
+    assert list(found) == device.TOOLS
+    for figures in found.values():
+        assert 0 < figures["stall_s"] <= figures["save_s"]
+        assert figures["bus_size"] == 0
+    [table] = device.tables({"one tensor changes": found}, 1 << 20)
+    assert "Run.save_async" in table.text()
+    assert not list(tmp_path.iterdir())

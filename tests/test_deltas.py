@@ -9,6 +9,7 @@ from deltackpt import codecs, delta, open_run, open_store, restore, snapshot
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import StorageError
 from deltackpt.gc import collect
+from deltackpt.glances import NONE, Watch
 from deltackpt.memory import Memory
 from deltackpt.run import Run
 from deltackpt.session import Session
@@ -343,7 +344,8 @@ def test_a_source_that_moves_between_two_looks_is_no_source(backend):
     store = open_store(backend)
     with Session(store, "main", 0) as session:
         saver = snapshot._Saver(session, Memory(), Shadow(0), snapshot._Clock())
-        found = looks(tensors, snapshot.order_of(tensors), Memory(), snapshot.reusable(session))
+        watch = Watch(["wide", "narrow"], [None, None], NONE, 1, step=0)
+        found = looks(tensors, snapshot.order_of(tensors), Memory(), snapshot.reusable(session), watch)
         knowns = saver.all(tensors, found)
         session.publish(None)
         rows = session.rows()

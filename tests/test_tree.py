@@ -57,7 +57,7 @@ def put_together(structure, values, **options):
 
 
 def round_trip(state, **options):
-    structure, tensors = flatten(state, **options)
+    structure, tensors, _ = flatten(state, **options)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     return put_together(through_json(structure), [restored(tensor) for tensor in tensors], **options)
 

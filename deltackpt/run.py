@@ -85,7 +85,7 @@ class Run:
         memory_max: int | None = None,
         audit_every: int = 1,
         on_save: Callable[[SaveReport], object] | None = None,
-        optimize: Optimize = "time",
+        optimize: Optimize | None = None,
     ) -> None:
         if not isinstance(keep, Rule | None):
             raise InvalidInputError(
@@ -105,7 +105,7 @@ class Run:
         self.name = check_run(name)
         self.keep = keep
         self.on_save = on_save
-        self.optimize = check_optimize(optimize)
+        self.optimize = None if optimize is None else check_optimize(optimize)
         self._resumed: int | None = None
         self._steps: dict[int, Commit] | None = None  # what `keep` chooses among, once it was listed
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
@@ -519,9 +519,7 @@ class Run:
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
         start, meter = time.perf_counter(), Meter()
-        what = What(
-            check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite, self.optimize
-        )
+        what = self._what(step, metrics, metadata, overwrite, "time")
         self._check_process()
         self._settle()
         self._lock.acquire()
@@ -590,9 +588,7 @@ class Run:
         [0.0, 0.0]
         """
         start, meter = time.perf_counter(), Meter()
-        what = What(
-            check_step(step), _metrics(metrics or {}), _metadata(metadata or {}), overwrite, self.optimize
-        )
+        what = self._what(step, metrics, metadata, overwrite, "bytes")
         if when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(
                 f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
@@ -607,6 +603,23 @@ class Run:
                 hint="save less often, or when_busy='wait'",
             )
         return self._begin(state, what, start, meter, allow_pickle=allow_pickle, waits=False)
+
+    def _what(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+        optimize: Optimize,
+    ) -> What:
+        """Return what a step is to say, checked; `optimize` holds where the run does not say otherwise."""
+        return What(
+            check_step(step),
+            _metrics(metrics or {}),
+            _metadata(metadata or {}),
+            overwrite,
+            self.optimize or optimize,
+        )
 
     def _begin(
         self, state: State, what: What, start: float, meter: Meter, *, allow_pickle: bool, waits: bool
@@ -847,7 +860,7 @@ def open_run(
     memory_max: int | None = None,
     audit_every: int = 1,
     on_save: Callable[[SaveReport], object] | None = None,
-    optimize: Optimize = "time",
+    optimize: Optimize | None = None,
 ) -> Run:
     """Open a run, and its store.
 
@@ -878,11 +891,12 @@ def open_run(
     on_save : callable, optional
         Given the `SaveReport` of each save once it is durable, in the thread that saves: `print`, or
         `scalars.tensorboard` and `scalars.wandb`.  What it raises is logged, and no save fails for it.
-    optimize : {"time", "bytes", "energy"}
-        What saves are to spare.  time: what changed is stored as small as it can be without the save taking
-        longer than writing the whole state would, by how fast this process has found the storage and its
-        encoders to be; if need be some of it is encoded less, or stored as it is.  bytes: always as small as
-        can be.  energy: whatever takes the fewest joules, by the constants of docs/energy.md.
+    optimize : {"time", "bytes", "energy"}, optional
+        What saves are to spare; by default time, where training waits for them, and bytes of `save_async`.
+        time: what changed is stored as small as it can be without the save taking longer than writing the
+        whole state would, by how fast this process has found the storage and its encoders to be; if need be
+        some of it is encoded less, or stored as it is.  bytes: always as small as can be.  energy: whatever
+        takes the fewest joules, by the constants of docs/energy.md.
 
     Examples
     --------

@@ -204,17 +204,6 @@ def test_a_negative_range_is_the_callers_mistake(backend):
             backend.read("packs/1", offset, size)
 
 
-def test_a_map_is_the_whole_object_read_only_and_outlives_it(backend):
-    backend.create_once("packs/1", b"0123456789")
-    backend.create_once("packs/empty", b"")
-    view = backend.map("packs/1")
-    backend.delete("packs/1")
-    backend.close()
-    assert view.readonly
-    assert view == b"0123456789"
-    assert backend.map("packs/empty") == b""
-
-
 def test_the_clock_is_read_though_a_gc_tidies_the_file_it_is_read_off(tmp_path, monkeypatch):
     backend = LocalBackend(tmp_path)
     backend.make_dirs(["packs", "tmp"])
@@ -242,7 +231,7 @@ def test_size_exists_and_age_speak_of_what_is_there(backend):
 
 
 def test_an_absent_object_is_not_found(backend):
-    reads = [backend.read, backend.map, backend.size, backend.age_s, lambda n: backend.read_into(n, 0, [])]
+    reads = [backend.read, backend.size, backend.age_s, lambda n: backend.read_into(n, 0, [])]
     for read in reads:
         for name in ("packs/none", "nowhere/none"):
             with pytest.raises(NotFoundError, match=name):
@@ -781,7 +770,6 @@ def test_an_object_cut_short_under_an_open_file_is_an_error(local, tmp_path):
     os.truncate(tmp_path / "store/packs/1", 4)
     with pytest.raises(CorruptError, match="@ 2: found 2 bytes, expected 8; the object ends at 4"):
         local.read("packs/1", 2)
-    assert local.map("packs/1") == b"0123"
 
 
 def test_an_object_is_opened_once_for_many_reads_and_no_longer_after_a_delete(local, calls):

@@ -168,14 +168,6 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def map(self, name: str) -> memoryview:
-        """The whole object as read-only memory, loaded as it is touched; stays valid after a delete.
-
-        On a local disk a read error, or a file cut short meanwhile, kills the process (SIGBUS): for data
-        that is touched often and can be rebuilt, not for a check of doubtful storage.
-        """
-
-    @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of an object."""
 

@@ -213,13 +213,6 @@ class LocalBackend(Backend):
             check_range(self._where(name), offset, sum(map(len, views)), handle.size)
             self._fill(name, handle, offset, views)
 
-    def map(self, name: str) -> memoryview:
-        """See `Backend.map`."""
-        with self._opened(name) as handle, _translated(self._where(name), "map"):
-            # The size as it is now: mapping more than there is fails. And an empty file cannot be mapped.
-            size = self._os.fstat(handle.fd).st_size
-            return memoryview(self._os.mmap(handle.fd, size) if size else b"")
-
     def size(self, name: str) -> int:
         """See `Backend.size`."""
         return self._status(name).st_size

@@ -94,10 +94,6 @@ class MemoryBackend(Backend):
             view[:] = data[offset : offset + len(view)]
             offset += len(view)
 
-    def map(self, name: str) -> memoryview:
-        """See `Backend.map`."""
-        return memoryview(self._get(name).data)
-
     def size(self, name: str) -> int:
         """See `Backend.size`."""
         return len(self._get(name).data)

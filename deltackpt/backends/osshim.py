@@ -8,7 +8,6 @@ Never  decides, retries or translates an error.
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 from collections.abc import Sequence
@@ -34,10 +33,6 @@ class Os:
     def preadv(self, fd: int, views: Sequence[memoryview], offset: int) -> int:
         """Read from a position; may read fewer bytes than wanted, 0 at the end."""
         return os.preadv(fd, views, offset)
-
-    def mmap(self, fd: int, size: int) -> mmap.mmap:
-        """Map a file read-only; it outlives the descriptor."""
-        return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
 
     def fstat(self, fd: int) -> os.stat_result:
         """Status of an open file."""

@@ -312,7 +312,7 @@ NOT_NAMES += ["/".join(["x" * 200] * 6), "a\udcff"]
 
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_a_name_that_could_escape_or_not_be_stored_is_refused_everywhere(backend, name):
-    uses = [backend.read, backend.map, backend.size, backend.age_s, backend.exists, backend.delete]
+    uses = [backend.read, backend.size, backend.age_s, backend.exists, backend.delete]
     uses += [backend.create, lambda n: backend.create_once(n, b""), lambda n: backend.read_into(n, 0, [])]
     uses += [lambda n: backend.make_dirs([n]), backend.barrier]
     for use in uses:
@@ -744,7 +744,7 @@ def test_what_is_not_a_plain_file_with_a_legal_name_is_no_object(local, tmp_path
     assert local.list_dirs("packs/") == ["dir"]
     for name in ("packs/link", "packs/dir"):
         assert not local.exists(name)
-        for use in (local.read, local.map, local.size):
+        for use in (local.read, local.size):
             with pytest.raises(NotFoundError):
                 use(name)
     with pytest.raises(NotFoundError, match="expected a regular file"):

@@ -1,8 +1,7 @@
 """A run: the steps of one training job.
 
-Owns   listing, loading, keeping, forgetting and comparing a run's steps, and forking it; who saves the next
-       one, and that one is saved at a time.
-Never  touches storage but through its store, or saves itself: saver.py does.
+Owns   listing, loading, keeping, forgetting and comparing a run's steps, and forking it.
+Never  touches storage but through its store, or saves: turns.py and saver.py do.
 """
 
 from __future__ import annotations
@@ -10,27 +9,22 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from deltackpt import diff, loader, proxy, restore, snapshot, tree
-from deltackpt.background import Background, InThread
+from deltackpt import diff, loader, restore
 from deltackpt.diff import Diff, Side
 from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.energy import Meter
 from deltackpt.errors import (
     AlreadyExistsError,
-    ConflictError,
     CorruptError,
     DeltackptError,
     FormatError,
@@ -38,20 +32,18 @@ from deltackpt.errors import (
     NotFoundError,
 )
 from deltackpt.fork import take_over
-from deltackpt.glances import Watch
 from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.pending import Pending
-from deltackpt.proxy import Proxy
 from deltackpt.records import Commit, Origin, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Retention, Rule
 from deltackpt.saver import Saver, What
 from deltackpt.session import Session
 from deltackpt.shadow import SIZE_MAX, Shadow
-from deltackpt.staging import Staging, looks
 from deltackpt.store import Store, Where, open_store
-from deltackpt.types import U8, Deferred, State, Tensor
+from deltackpt.turns import Request, Turns
+from deltackpt.types import U8, State
 
 log = logging.getLogger("deltackpt")
 R = TypeVar("R")
@@ -111,13 +103,9 @@ class Run:
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
-        self._shadow_size_max = shadow if memory_max is None else min(shadow, memory_max // 3)
-        self._saver = Saver(store, self.name, Shadow(self._shadow_size_max), audit_every)
-        self._proxy: Proxy | None = None
-        self._has_processes = True
-        self._pendings: list[Pending] = []  # under way, or failed and not told
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
+        shadow = shadow if memory_max is None else min(shadow, memory_max // 3)
+        saver = Saver(store, self.name, Shadow(shadow), audit_every)
+        self._turns = Turns(saver, self.memory_max)
 
     def __enter__(self) -> Self:
         return self
@@ -140,19 +128,7 @@ class Run:
         DeltackptError
             What made that save fail, if nobody was told yet.
         """
-        if self._pid != os.getpid():
-            return  # a forked child: its parent closes it
-        try:
-            self._settle()
-        finally:
-            with self._lock:
-                self._saver.forget()
-                self._stop_proxy()
-
-    def _stop_proxy(self) -> None:
-        if self._proxy is not None:
-            self._proxy.stop()
-        self._proxy = None
+        self._turns.close()
 
     # -- steps
 
@@ -344,10 +320,24 @@ class Run:
             why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed)
         return Retention.of(self.name, steps, why)
 
-    def _retained(self, report: SaveReport, found_step: int | None) -> SaveReport:
-        """Forget what no rule keeps, now that the step is durable; return the report of both."""
-        if self._resumed is None:
-            self._resumed = found_step
+    def _save_and_retain(self, save: Callable[[], tuple[SaveReport, int | None]]) -> SaveReport:
+        """Save, and forget what no rule keeps, now that the step is durable; return the report of both.
+
+        Parameters
+        ----------
+        save : callable
+            Returns the report, and the latest step there was when this run first looked.
+        """
+        try:
+            report, found_step = save()
+            if self._resumed is None:
+                self._resumed = found_step
+            return self._retained(report)
+        except BaseException:
+            self._steps = None  # the step may be there all the same
+            raise
+
+    def _retained(self, report: SaveReport) -> SaveReport:
         if self.keep is None:
             self._steps = None  # a rule may be set later
             return report
@@ -518,26 +508,8 @@ class Run:
         allow_pickle: bool = False,
     ) -> SaveReport:
         """Save a state; durable and visible on return.  See `deltackpt.delta.save`."""
-        start, meter = time.perf_counter(), Meter()
-        what = self._what(step, metrics, metadata, overwrite, "time")
-        self._check_process()
-        self._settle()
-        self._lock.acquire()
-        if self._proxy is None:
-            try:
-                report = self._saver.save(state, what, meter.read, allow_pickle=allow_pickle)
-                report = self._retained(report, self._saver.found_step)
-            except BaseException:
-                self._steps = None  # the step may be there all the same
-                raise
-            finally:
-                self._lock.release()
-            total_s = time.perf_counter() - start
-            report = replace(report, total_s=total_s, stall_s=total_s)
-            self._tell(report)
-            return report
-        # The other process remembers the last step, and this one does not.
-        return self._begin(state, what, start, meter, allow_pickle=allow_pickle, waits=True).wait()
+        asked = self._asked(step, metrics, metadata, overwrite, allow_pickle, "time")
+        return self._turns.save(state, asked)
 
     def save_async(
         self,
@@ -587,146 +559,32 @@ class Run:
         ...     run.load(10)["w"][:2].tolist()
         [0.0, 0.0]
         """
-        start, meter = time.perf_counter(), Meter()
-        what = self._what(step, metrics, metadata, overwrite, "bytes")
+        asked = self._asked(step, metrics, metadata, overwrite, allow_pickle, "bytes")
         if when_busy not in ("wait", "skip", "fail"):
             raise InvalidInputError(
                 f"when_busy: found {when_busy!r}, expected 'wait', 'skip' or 'fail'", hint="when_busy='wait'"
             )
-        self._check_process()
-        self._settle(wait=when_busy == "wait")
-        if not self._lock.acquire(blocking=when_busy == "wait"):
-            if when_busy == "skip":
-                return None
-            raise ConflictError(
-                f"run {self.name!r} step {step}: a step is still being saved",
-                hint="save less often, or when_busy='wait'",
-            )
-        return self._begin(state, what, start, meter, allow_pickle=allow_pickle, waits=False)
+        return self._turns.begin(state, asked, when_busy)
 
-    def _what(
+    def _asked(
         self,
         step: int,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, Any] | None,
         overwrite: bool,
+        allow_pickle: bool,
         optimize: Optimize,
-    ) -> What:
-        """Return what a step is to say, checked; `optimize` holds where the run does not say otherwise."""
-        return What(
+    ) -> Request:
+        """Return what is asked for, checked; `optimize` holds where the run does not say otherwise."""
+        start_s, meter = time.perf_counter(), Meter()
+        what = What(
             check_step(step),
             _metrics(metrics or {}),
             _metadata(metadata or {}),
             overwrite,
             self.optimize or optimize,
         )
-
-    def _begin(
-        self, state: State, what: What, start: float, meter: Meter, *, allow_pickle: bool, waits: bool
-    ) -> Pending:
-        """Stage a state, and have it saved; the lock, which is held, is let go of when that is done."""
-        background = pending = None
-        owner = threading.Lock()
-        try:
-            flat = tree.flatten(state, allow_pickle=allow_pickle)
-            background = self._background(flat.tensors)
-            memory, reusable = background.open(what, flat.tensors, meter)
-            pending = Pending(self.name, what.step)
-            line = background.line(flat, pending.begin)
-            staging = Staging(self._room(background), start, line)
-            watch = snapshot.watch_of(flat, memory, self.audit_every, what.step)
-            pending.work = partial(self._finish, background, staging, watch, start, owner, waits=waits)
-            self._pendings.append(pending)
-            order = snapshot.order_of(flat.tensors)
-            staging.stage(looks(flat.tensors, order, memory, reusable, watch, staging.make_room))
-        except BaseException as e:
-            if owner.acquire(blocking=False):  # or the thread has it, and takes back what it wrote
-                try:
-                    if background is not None:
-                        background.abort(e)
-                finally:
-                    if pending is not None:
-                        pending.cancel()
-                    self._lock.release()
-            elif background is not None and pending is not None:
-                background.fail(e)
-                pending.give_up()
-            raise
-        meter.resume()
-        return pending
-
-    def _background(self, tensors: Sequence[Tensor | Deferred]) -> Background:
-        """Return who saves: another process, unless it cannot open the store, or a copy has no room."""
-        if self._proxy is not None and self._proxy.is_stopped():
-            self._proxy = None
-        where = proxy.address(self.store.backend)
-        largest = max((tensor.size for tensor in tensors), default=0)
-        # Beside what the shadow keeps of the last step, and of this one.
-        room = math.inf if self.memory_max is None else self.memory_max - 2 * self._shadow_size_max
-        if where is None or largest > room or not self._has_processes:
-            self._stop_proxy()
-            return InThread(self._saver)
-        if self._proxy is None:
-            try:
-                self._proxy = Proxy(where, self._saver)
-            except OSError as e:
-                log.warning("run %r: a thread saves, since no process can be started: %s", self.name, e)
-                self._has_processes = False
-                return InThread(self._saver)
-        return self._proxy
-
-    def _room(self, background: Background) -> int | None:
-        """Return the bytes that copies of a state may take."""
-        return None if self.memory_max is None else max(0, self.memory_max - background.shadow_size)
-
-    def _finish(
-        self,
-        background: Background,
-        staging: Staging,
-        watch: Watch,
-        start: float,
-        owner: threading.Lock,
-        *,
-        waits: bool,
-    ) -> SaveReport:
-        """Save what is staged, in a thread; then let go of the lock."""
-        if not owner.acquire(blocking=False):
-            raise ConflictError(f"run {self.name!r}: the save was given up before it began")
-        try:
-            report = background.finish()
-            background.remember(watch.glances())
-            report = self._retained(report, background.found_step)
-        except BaseException:
-            self._steps = None  # the step may be there all the same
-            raise
-        finally:
-            self._lock.release()
-        total_s = time.perf_counter() - start
-        report = replace(report, total_s=total_s, stall_s=total_s if waits else staging.stall_s)
-        self._tell(report)
-        return report
-
-    def _settle(self, *, wait: bool = True) -> None:
-        """Wait for saves under way; raise what made one fail, if nobody was told."""
-        for pending in list(self._pendings):
-            if wait or pending.done():
-                try:
-                    pending.settle()
-                finally:
-                    if pending.done() and pending in self._pendings:
-                        self._pendings.remove(pending)
-
-    def _check_process(self) -> None:
-        """Refuse to save in a child that was forked in a save: locks that a thread held are held for ever."""
-        if self._pid == os.getpid():
-            return
-        if self._lock.locked() or not all(pending.done() for pending in self._pendings):
-            raise InvalidInputError(
-                f"run {self.name!r}: this process was forked while a step was saved",
-                hint="open the store anew in the child",
-            )
-        self._pid = os.getpid()
-        self._stop_proxy()  # which is the parent's
+        return Request(what, allow_pickle, self._save_and_retain, self._tell, start_s, meter)
 
     def _tell(self, report: SaveReport) -> None:
         """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""

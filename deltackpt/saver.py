@@ -91,7 +91,7 @@ class Saver:
         self.store = store
         self.run = run
         self.shadow = shadow
-        self._audit_every = audit_every
+        self.audit_every = audit_every
         self.memory: Memory | None = None
         self.last_step: int | None = None
         self.found_step: int | None = None
@@ -186,7 +186,7 @@ class Saver:
                 self.before,
                 self.shadow,
                 allow_pickle=allow_pickle,
-                audit_every=self._audit_every,
+                audit_every=self.audit_every,
             )
             return self._commit(session, saved, what, taken, start)
 

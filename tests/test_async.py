@@ -15,8 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from deltackpt import differences, open_run, session
-from deltackpt import run as runs
+from deltackpt import differences, open_run, session, turns
 from deltackpt import staging as staging_module
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import AlreadyExistsError, ConflictError, InvalidInputError, StorageError
@@ -94,7 +93,7 @@ def test_deltas_and_the_shadow_are_those_of_saves_that_wait():
                 report = saved if saves == "save" else saved.wait()
                 sizes.append(report.written_size - len(str(report)))
                 w = w * np.float32(1 + 1e-5)
-            assert run._saver.shadow.size > 0
+            assert run._turns.saver.shadow.size > 0
             assert {"delta-dense", "delta-sparse"} & {c for g in report.groups for c in g.codecs}
     assert sizes[:4] == pytest.approx(sizes[4:], rel=0.01)
 
@@ -204,7 +203,7 @@ def test_copies_stay_within_the_bound_and_the_save_goes_in_waves():
     with open_run(MemoryBackend(), memory_max=1_000_000) as run:
         for step in range(3):
             run.save_async(state, step=step).wait()
-            assert run._saver.shadow.size <= 333_333
+            assert run._turns.saver.shadow.size <= 333_333
             found = run.load(step)
             assert all(np.array_equal(found[name], state[name]) for name in state)
             state = {name: value * np.float32(1.0001) for name, value in state.items()}
@@ -425,11 +424,11 @@ def test_an_interrupt_anywhere_leaves_no_lock_and_no_thread(monkeypatch, where):
         (Saver, "prepare"),
         (Saver, "open"),
         (Saver, "before"),
-        (runs.tree, "flatten"),
-        (runs.snapshot, "order_of"),
-        (runs.Staging, "_stage"),
-        (runs.Staging, "stage"),
-        (runs.Pending, "begin"),
+        (turns.tree, "flatten"),
+        (turns.snapshot, "order_of"),
+        (turns.Staging, "_stage"),
+        (turns.Staging, "stage"),
+        (turns.Pending, "begin"),
     ]
     target, name = targets[where]
 
@@ -505,10 +504,10 @@ def test_what_did_not_change_takes_no_memory_though_it_had_to_be_copied_to_be_lo
     with open_run(MemoryBackend(), memory_max=1_000_000) as run:
         run.save(state, step=0)
         state["0"] += 1
-        tensors = runs.tree.flatten(state).tensors
+        tensors = turns.tree.flatten(state).tensors
         queue = Queue(lambda: None)
         staging = Staging(1_000_000, 0.0, queue)
-        staging.stage(looks(tensors, range(8), run._saver.memory, lambda known: True, watch(8)))
+        staging.stage(looks(tensors, range(8), run._turns.saver.memory, lambda known: True, watch(8)))
         held = {
             len(set(look.tensor.data.strides)) and look.tensor.data.strides
             for look in queue.received(lambda: 0)

@@ -16,8 +16,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from deltackpt import errors, last, open_run, proxy
-from deltackpt import run as runs
+from deltackpt import errors, last, open_run, proxy, turns
 from deltackpt.arena import Arena, Place, Window
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.osshim import Os
@@ -83,7 +82,7 @@ def test_the_state_may_change_at_once_and_comes_back_as_it_was(tmp_path, sent):
             state["step"] = step
             saved.append({name: np.array(value) for name, value in state.items()})
             pending = run.save_async(state, step=step)
-            assert run._proxy is not None
+            assert run._turns.proxy is not None
             w = state["w"].copy()
             state["w"][:] = 0
             report = pending.wait()
@@ -115,7 +114,7 @@ def test_a_save_that_waits_goes_on_from_one_in_the_background_and_the_other_way(
     state = {"w": weights(0), "frozen": weights(1)}
     with open_run(tmp_path) as run:
         run.save(state, step=0)
-        assert run._proxy is None
+        assert run._turns.proxy is None
         state["w"] *= np.float32(1.0001)
         run.save_async(state, step=1).wait()
         assert [found.place is not None for found in sent] == [True, False]  # nothing was forgotten
@@ -139,13 +138,13 @@ def test_a_job_that_goes_on_takes_deltas_against_the_step_it_found(tmp_path):
 def test_what_cannot_be_saved_is_told_at_once(tmp_path):
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
-        pid = run._proxy.pid
+        pid = run._turns.proxy.pid
         with pytest.raises(AlreadyExistsError, match="has step 0 already"):
             run.save_async({"w": weights(1)}, step=0)
         with pytest.raises(InvalidInputError):
             run.save_async({"w": object()}, step=1)
         assert run.save_async({"w": weights(1)}, step=0, overwrite=True).wait().step == 0
-        assert run._proxy.pid == pid
+        assert run._turns.proxy.pid == pid
         assert np.array_equal(run.load()["w"], weights(1))
 
 
@@ -281,7 +280,7 @@ def test_copies_stay_within_the_bound(tmp_path, monkeypatch):
     with open_run(tmp_path, memory_max=24_000_000) as run:
         for step in range(3):
             run.save_async(state, step=step).wait()
-            assert run._proxy.shadow_size == 6_000_000
+            assert run._turns.proxy.shadow_size == 6_000_000
             found = run.load(step)
             assert all(np.array_equal(found[name], state[name]) for name in state)
             state = {name: value * np.float32(1.0001) for name, value in state.items()}
@@ -300,7 +299,7 @@ def test_a_save_that_fails_in_a_wave_leaves_the_shadow(tmp_path, monkeypatch, ca
     state = {str(i): weights(i, 1_500_000) for i in range(8)}
     with open_run(tmp_path, memory_max=24_000_000) as run:
         run.save_async(state, step=0).wait()
-        arena = run._proxy._arena
+        arena = run._turns.proxy._arena
         held = len(arena._pieces) - len(arena._free)
         state = {name: value * np.float32(1.0001) for name, value in state.items()}
         with monkeypatch.context() as patch:
@@ -320,9 +319,9 @@ def test_a_save_that_fails_in_a_wave_leaves_the_shadow(tmp_path, monkeypatch, ca
 def test_a_tensor_that_has_no_room_is_saved_by_a_thread(tmp_path):
     with open_run(tmp_path, memory_max=900_000) as run:
         run.save_async({"w": weights(0, 50_000)}, step=0).wait()
-        assert run._proxy is not None
+        assert run._turns.proxy is not None
         run.save_async({"w": weights(0, 50_000), "large": weights(1)}, step=1).wait()
-        assert run._proxy is None
+        assert run._turns.proxy is None
         assert np.array_equal(run.load()["large"], weights(1))
         assert run.commits()[1].parent == 0
 
@@ -343,7 +342,7 @@ def test_a_run_does_without_if_no_process_can_be_started(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "executable", executable)
     with open_run(tmp_path / "store") as run:
         assert run.save_async({"w": weights(0)}, step=0).wait().step == 0
-        assert run._proxy is None
+        assert run._turns.proxy is None
 
 
 # -- the end of either
@@ -367,12 +366,12 @@ def kill_next(monkeypatch):
 def test_a_process_that_was_killed_in_a_save_is_told_and_the_next_save_has_another(tmp_path, kill_next):
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
-        pid = run._proxy.pid
+        pid = run._turns.proxy.pid
         kill_next()
         with pytest.raises(StorageError, match=r"the process that saves ended by itself \(-9\)"):
             run.save_async({"w": weights(1)}, step=1).wait()
         assert run.save_async({"w": weights(1)}, step=2).wait().step == 2
-        assert run._proxy.pid != pid
+        assert run._turns.proxy.pid != pid
         assert run.steps() == [0, 2]
         assert np.array_equal(run.load()["w"], weights(1))
 
@@ -380,12 +379,12 @@ def test_a_process_that_was_killed_in_a_save_is_told_and_the_next_save_has_anoth
 def test_one_that_was_killed_while_nobody_saved_is_replaced(tmp_path):
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
-        process = run._proxy._process
+        process = run._turns.proxy._process
         process.kill()
         while process.poll() is None:
             time.sleep(0.01)
         assert run.save_async({"w": weights(1)}, step=1).wait().step == 1
-        assert run._proxy.pid != process.pid
+        assert run._turns.proxy.pid != process.pid
         assert np.array_equal(run.load()["w"], weights(1))
 
 
@@ -405,10 +404,10 @@ def test_it_ends_with_the_run_or_when_that_is_forgotten(tmp_path):
     pids = []
     with open_run(tmp_path, "a") as run:
         run.save_async({"w": weights(0)}, step=0)
-        pids.append(run._proxy.pid)
+        pids.append(run._turns.proxy.pid)
     run = open_run(tmp_path, "b")
     run.save_async({"w": weights(0)}, step=0).wait()
-    pids.append(run._proxy.pid)
+    pids.append(run._turns.proxy.pid)
     del run
     assert not any(map(is_alive, pids))
     done = python(
@@ -417,7 +416,7 @@ def test_it_ends_with_the_run_or_when_that_is_forgotten(tmp_path):
         from deltackpt import open_run
         run = open_run(sys.argv[1], "c")
         run.save_async({"w": np.zeros(1000)}, step=0)
-        print(run._proxy.pid)
+        print(run._turns.proxy.pid)
         """,
         str(tmp_path),
     )
@@ -435,7 +434,7 @@ def test_it_ends_with_the_process_it_saves_for(tmp_path, when):
         run = open_run(sys.argv[1])
         w = np.random.default_rng(0).standard_normal(8_000_000).astype(np.float32)
         run.save_async({"w": w}, step=0).wait()
-        print(run._proxy.pid, flush=True)
+        print(run._turns.proxy.pid, flush=True)
         if not os.fork():
             os.closerange(0, 3)
             time.sleep(5)
@@ -517,7 +516,7 @@ def test_a_thread_that_cannot_be_started_leaves_no_answer_behind(tmp_path, monke
     with open_run(tmp_path) as run:
         run.save_async({"w": weights(0)}, step=0).wait()
         with monkeypatch.context() as patch:
-            patch.setattr(runs.Pending, "begin", fails)
+            patch.setattr(turns.Pending, "begin", fails)
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 run.save_async({"w": weights(1)}, step=1)
         assert run.save_async({"w": weights(2)}, step=2).wait().step == 2

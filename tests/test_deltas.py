@@ -207,7 +207,7 @@ def test_a_shadow_that_was_changed_under_us_is_not_used(backend, caplog):
     run = fresh(backend)
     w = weights(300_000)
     run.save({"w": w}, step=0)
-    run._saver.shadow.get("w", run._saver.memory._by_name["w"].row.root)[12345] ^= 1
+    run._turns.saver.shadow.get("w", run._turns.saver.memory._by_name["w"].row.root)[12345] ^= 1
     state = {"w": trained(w)}
     run.save(state, step=1)
     assert "shadow" in caplog.text
@@ -231,7 +231,7 @@ def test_a_frozen_tensor_takes_no_room_in_the_shadow(backend):
     for step in range(3):
         run.save({"frozen": frozen, "w": w}, step=step)
         w = trained(w, step)
-    assert run._saver.shadow.size == w.nbytes
+    assert run._turns.saver.shadow.size == w.nbytes
 
 
 def test_integers_and_8_bit_floats_become_deltas_too(backend):
@@ -361,6 +361,6 @@ def test_the_shadow_and_what_replaces_it_stay_within_the_bound(backend):
     run = fresh(backend, shadow=5_000_000)
     for step in range(3):
         strided = {str(i): np.repeat(weights(250_000, 10 * step + i), 2)[::2] for i in range(4)}
-        held = run._saver.shadow.size
+        held = run._turns.saver.shadow.size
         run.save(strided, step=step)
-        assert held + run._saver.shadow.size <= 5_000_000
+        assert held + run._turns.saver.shadow.size <= 5_000_000

@@ -96,7 +96,7 @@ def test_what_an_optimizer_trains_is_saved_as_it_is(kind: str, options: dict, ca
             found = run.load(step)
             assert equal_trees(found["model"], model.state_dict())
             assert equal_trees(found["optimizer"]["state"], optimizer.state_dict()["state"])
-        trusted = {name for name, glance in run._saver.memory.glances.by_name.items() if glance.passed}
+        trusted = {name for name, glance in run._turns.saver.memory.glances.by_name.items() if glance.passed}
     assert trusted == {"model.0.weight"}
     assert not caplog.records
 
@@ -224,7 +224,7 @@ def test_a_new_tensor_at_the_address_of_an_old_one_is_not_taken_for_it(caplog):
             model = torch.nn.Linear(300, 300)
             model.weight.data.copy_(content)
             addresses.append((address, version) == (model.weight.data_ptr(), model.weight._version))
-            stamps.append(run._saver.memory.glances.by_name["weight"].stamp)
+            stamps.append(run._turns.saver.memory.glances.by_name["weight"].stamp)
             run.save(model.state_dict(), step=step)
             assert equal(run, step, model.state_dict())
     assert any(addresses)  # it was at the same address, with the same version
@@ -246,7 +246,7 @@ def test_what_needs_a_gradient_or_torch_does_not_count_is_never_trusted(hashed: 
             hashed.clear()
             run.save(state, step=step)
         assert len(hashed) == 5
-        assert run._saver.memory.glances.by_name == {}
+        assert run._turns.saver.memory.glances.by_name == {}
 
 
 def test_arrays_that_share_memory_are_trusted_together(hashed: list[int]):

@@ -150,9 +150,9 @@ def test_into_fills_the_callers_arrays(backend):
 def test_boundaries_stay_when_the_content_moves_on(backend):
     run = fresh(backend)
     run.save({"w": weights(2_000_000)}, step=1)
-    before = run._saver.memory.same_place(_tensor(2_000_000)).ends
+    before = run._turns.saver.memory.same_place(_tensor(2_000_000)).ends
     run.save({"w": weights(2_000_000, 1)}, step=2)
-    assert np.array_equal(run._saver.memory.same_place(_tensor(2_000_000)).ends, before)
+    assert np.array_equal(run._turns.saver.memory.same_place(_tensor(2_000_000)).ends, before)
 
 
 def _tensor(n):

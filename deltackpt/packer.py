@@ -122,11 +122,11 @@ class Packer:
 
     def abort(self) -> None:
         """Drop the pack being filled; those that are full stay, since somebody may rely on them already."""
-        for future in (*(written for *_, written in self._writing), *self._closing):
-            future.exception()  # a file must not be closed under whoever writes it
+        # All that threads were told, noted here or not: a file must not be closed under whoever writes it.
+        self._stop(wait=True)
         if self._pack is not None:
             self._pack.writer.abort()
-        self._stop()
+        self._gathered, self._held, self._writing = [], [], deque()  # they hold what was to be written
 
     def names(self) -> set[PackName]:
         """Return the packs so far, that being filled included."""
@@ -200,10 +200,10 @@ class Packer:
         pack.last = submit(pool, after, pack.last)
         return pack.last
 
-    def _stop(self) -> None:
+    def _stop(self, *, wait: bool = False) -> None:
         for pool in (self._writer, self._closer):
             if pool is not None:
-                pool.shutdown(wait=False)
+                pool.shutdown(wait=wait)
 
 
 class _Pack:

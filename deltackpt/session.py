@@ -344,6 +344,8 @@ class Session:
         """Take over a record from another pack as it is."""
         self._new[record.id] = record.depth
         self._packer.add(record, payload, payload)
+        while self._packer.unwritten_size > _WINDOW_SIZE:
+            self._packer.wait()
 
     def packs(self) -> frozenset[PackName]:
         """Return the packs written so far, that being filled included, and those that their deltas need."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -11,12 +13,16 @@ from faults import FailingBackend, Wrapper, contents
 from plain import same, weights
 
 import deltackpt.packer
+import deltackpt.session
 from deltackpt import StorageError, open_run
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.format import NO_BASE
 from deltackpt.pack import Record
 from deltackpt.packer import Packer
 from deltackpt.rates import Rates
+from deltackpt.records import GC_RUN, Slot
+from deltackpt.session import Session
+from deltackpt.store import open_store
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +153,60 @@ def test_what_writing_took_is_told(monkeypatch):
         packer.add(record(i, payload), payload, payload)
     packer.finish()
     assert 0 < rates.write_s < 1
+
+
+def test_an_interrupt_while_a_write_is_waited_for_does_not_close_the_file_under_it():
+    begun, go_on, order = threading.Event(), threading.Event(), []
+
+    class Slow(Wrapper):
+        def create(self, name):
+            writer = super().create(name)
+            write, abort = writer.inner.write, writer.inner.abort
+
+            def slowly(*buffers):
+                begun.set()
+                go_on.wait(10)
+                write(*buffers)
+                order.append("written")
+
+            def aborting():
+                order.append("aborted")
+                abort()
+
+            writer.inner.write, writer.inner.abort = slowly, aborting
+            return writer
+
+        def _do(self, op, name, call, *, mutates=True):
+            return call()
+
+    packer = Packer(Slow(MemoryBackend()), b"u" * 16, b"s" * 16, Rates())
+    payload = np.zeros(10_000, np.uint8)
+    packer.add(record(0, payload), payload, payload)
+    assert begun.wait(10)
+    main = threading.main_thread().ident
+    threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        packer.wait()
+    threading.Timer(0.1, go_on.set).start()
+    packer.abort()
+    assert order == ["written", "aborted"]
+
+
+def test_records_copied_from_other_packs_wait_for_the_storage(monkeypatch):
+    monkeypatch.setattr(deltackpt.session, "_WINDOW_SIZE", 50_000)
+    monkeypatch.setattr(deltackpt.packer, "PACK_SIZE", 1 << 30)
+    most = []
+
+    class Slow(Wrapper):
+        def _do(self, op, name, call, *, mutates=True):
+            if op == "write":
+                time.sleep(0.002)
+            return call()
+
+    store = open_store(Slow(MemoryBackend()), create=True)
+    with Session.for_gc(store, Slot(GC_RUN, 0, 1)) as session:
+        payload = np.zeros(10_000, np.uint8)
+        for i in range(60):
+            session.copy(record(i, payload), payload)
+            most.append(session._packer.unwritten_size)
+    assert max(most) <= 60_000

@@ -6,6 +6,7 @@ Never  decides (efforts.py does), or encodes or writes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -127,5 +128,10 @@ class Pace:
         if self._optimize == "energy":
             return "fewest joules"
         sort = max(self._n_batches, key=self._n_batches.__getitem__)
-        encoding = n_threads() / self._rates.of(sort)["small"].cpu_s / 1e9
-        return f"the storage takes {1e-9 / self._rates.write_s:.1f} GB/s, encoding {encoding:.1f}"
+        encoding_s = self._rates.of(sort)["small"].cpu_s / n_threads()
+        return f"the storage takes {_gb_s(self._rates.write_s):.1f} GB/s, encoding {_gb_s(encoding_s):.1f}"
+
+
+def _gb_s(seconds: float) -> float:
+    """Return GB a second, given seconds a byte: none, by a clock that ticks every 10 ms, of a first batch."""
+    return 1e-9 / seconds if seconds else math.inf

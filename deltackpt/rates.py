@@ -24,6 +24,8 @@ _WRITE_HALF_SIZE = 512 << 20
 _HALF_S = 0.05
 #: Writing less than this tells what a flush takes, not what a byte does.
 _MEASURED_SIZE_MIN = 8 << 20
+#: Encoding less than this tells what a call takes: for 100 bytes 1000 times as much a byte.
+_ENCODED_SIZE_MIN = 256 << 10
 
 
 class Sort(NamedTuple):
@@ -112,7 +114,7 @@ class Rates:
 
     def encoded(self, sort: Sort, effort: Effort, size: int, took: Took, seconds: float) -> None:
         """Learn what chunks of `size` bytes in all took, all of them together, and how long that was."""
-        if not size or effort not in START[sort.has_base]:
+        if size < _ENCODED_SIZE_MIN or effort not in START[sort.has_base]:
             return
         new = Took(*(each / size for each in took))
         weight = size / (size + _HALF_SIZE)

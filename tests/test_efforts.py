@@ -20,7 +20,7 @@ from deltackpt.backends.memory import MemoryBackend
 from deltackpt.efforts import BESIDE_CPU_S, BESIDE_S, END_S, SMALL_SIZE, Progress, choose, joules, n_cores
 from deltackpt.energy import WHOLE_CPU_S
 from deltackpt.errors import InvalidInputError
-from deltackpt.pace import Pace
+from deltackpt.pace import Job, Pace
 from deltackpt.rates import START, Rates, Sort, Took
 
 BATCH_SIZE = 1 << 20
@@ -163,20 +163,36 @@ def test_a_rate_goes_by_what_was_measured_last_and_by_how_much():
     assert rates.write_s == pytest.approx(1e-9)
 
 
+def test_a_batch_of_a_few_bytes_says_nothing_of_what_a_byte_takes():
+    rates = Rates()
+    rates.encoded(Sort(4, False), "small", 100, Took(300e-6, 124), 300e-6)
+    assert rates.of(Sort(4, False)) == START[False]
+
+
+def test_a_clock_that_did_not_tick_is_no_reason_to_fail():
+    rates = Rates(1e-12)
+    rates.encoded(Sort(4, False), "small", 1 << 20, Took(0.0, 1 << 19), 0.0)
+    pace = Pace("time", rates)
+    pace.expect(1 << 30, 1.0)
+    busy = Job(Sort(4, False), "small", 1, 1e9, 1.0)
+    assert [pace.job(Sort(4, False), 512 << 20, [busy], 0).effort for _ in "12"] == ["small", "raw"]
+    assert "encoding inf" in pace.words()
+
+
 def test_sorts_and_efforts_are_told_apart():
     rates = Rates()
-    rates.encoded(Sort(4, True), "fast", 100, Took(1.0, 50), 1.0)
-    assert rates.of(Sort(4, True))["fast"] == Took(0.01, 0.5)
+    rates.encoded(Sort(4, True), "fast", 1 << 20, Took(1 << 10, 1 << 19), 1.0)
+    assert rates.of(Sort(4, True))["fast"] == Took(2**-10, 0.5)
     assert rates.of(Sort(4, True))["small"] == START[True]["small"]
     assert rates.of(Sort(2, True)) == START[True]
-    rates.encoded(Sort(4, False), "fast", 100, Took(1.0, 50), 1.0)  # as one that has no base after all
+    rates.encoded(Sort(4, False), "fast", 1 << 20, Took(1.0, 50), 1.0)  # as one that has no base after all
     assert list(rates.of(Sort(4, False))) == ["small", "raw"]
 
 
 def test_where_others_have_the_cores_encoding_takes_longer():
     rates = Rates()
     for _ in range(100):
-        rates.encoded(Sort(4, True), "small", 100, Took(0.1, 50), 1.0)
+        rates.encoded(Sort(4, True), "small", 1 << 20, Took(0.1, 50), 1.0)
     assert rates.slowdown == pytest.approx(10)
     assert n_cores(2, rates.slowdown) == pytest.approx(0.4)
     progress = at(10**9, 9 * 10**8)

@@ -408,6 +408,10 @@ class Index:
                 self.packs.append(name)
         return numbers
 
+    def stored(self) -> set[str]:
+        """Return the `where` of each file whose rows are not in memory: who deletes it has them added."""
+        return {segment.where for segment, _ in self._large if isinstance(segment, StoredSegment)}
+
     @property
     def segments(self) -> list[Segment]:
         """All segments, read and checked as a whole; together they hold every row."""

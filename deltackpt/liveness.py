@@ -47,14 +47,15 @@ def look(store: Store) -> Liveness:
         If a committed step's manifest, list or chunk is missing or damaged: then what is live is not known.
     """
     while True:
-        before = _steps(store), set(store.backend.names("packs/"))
+        before = _state(store)
         try:
             seen = Liveness(store)
             seen.check_whole()
         except CorruptError:
-            if (_steps(store), set(store.backend.names("packs/"))) == before:
+            if _state(store) == before:
                 raise
-            # A step was saved while this looked, or another gc moved what is in use, or deleted: look again.
+            # A step was saved while this looked, or another gc moved what is in use, deleted, or merged the
+            # index: look again.
         else:
             return seen
 
@@ -313,8 +314,10 @@ def _commits(store: Store) -> tuple[list[Commit], int]:
     return commits, n_slots
 
 
-def _steps(store: Store) -> set[Slot]:
-    return {commit.slot for commit in _commits(store)[0]}
+def _state(store: Store) -> tuple[set[Slot], list[str], list[str]]:
+    """Return what changes if others make rows come or go: steps, packs, index files."""
+    steps = {commit.slot for commit in _commits(store)[0]}
+    return steps, store.backend.names("packs/"), store.backend.names("index/")
 
 
 def _live_ids(store: Store, commits: list[Commit]) -> U8:

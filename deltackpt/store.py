@@ -154,7 +154,7 @@ class Store:
 
     def read_segment(self, name: str) -> Segment:
         """Return an index file's content, every row of it checked."""
-        return Segment.from_bytes(self.backend.read(name), self.uuid, f"{self.url}/{name}")
+        return Segment.from_bytes(self.backend.read(name), self.uuid, self._where(name))
 
     def _open_segment(self, name: str) -> Segment | StoredSegment:
         """Return an index file's content; if it is large, its rows stay in it."""
@@ -162,7 +162,10 @@ class Store:
         if size < _STORED_SIZE_MIN:
             return self.read_segment(name)
         fill = partial(self.backend.read_into, name)
-        return StoredSegment.open(fill, size, self.uuid, f"{self.url}/{name}")
+        return StoredSegment.open(fill, size, self.uuid, self._where(name))
+
+    def _where(self, name: str) -> str:
+        return f"{self.url}/{name}"
 
     def _cover(self) -> None:
         """Take in the footers of packs that no index file covers."""
@@ -200,7 +203,9 @@ class Store:
     def learn(self, key: str, segment: Segment, merged: Mapping[str, Segment]) -> None:
         """Take in an index file that this process has just written: its own rows, and what it merged."""
         with self._lock:
-            self._index.add(segment)
+            stored = self._index.stored()
+            gone = [part for name, part in merged.items() if self._where(name) in stored]
+            self._index.add(Segment.merge([segment, *gone]) if gone else segment)
             for name in merged:
                 self._loaded.pop(name, None)
             self._loaded[key] = len(segment.rows) + sum(len(part.rows) for part in merged.values())

@@ -9,11 +9,12 @@ import pytest
 from faults import HookedOs, Wrapper
 from steps import opened, same
 
-from deltackpt import index, last
+import deltackpt.store
+from deltackpt import gc, index, last
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.format import ROW
-from deltackpt.index import Segment
+from deltackpt.index import Index, Segment
 from deltackpt.pack import PackName
 from deltackpt.records import index_key
 from deltackpt.run import open_run
@@ -118,6 +119,41 @@ def test_of_two_writers_that_merge_at_once_nothing_is_lost(monkeypatch):
     for run in ("a", "b"):
         for step in open_run(backend, run).steps():
             assert same(open_run(backend, run).load(step), tiny(step))
+
+
+def test_a_writer_that_merges_a_file_whose_rows_were_not_in_memory_knows_them_still(monkeypatch):
+    monkeypatch.setattr(deltackpt.store, "_STORED_SIZE_MIN", 1000)
+    backend = MemoryBackend()
+    open_run(backend).save({f"w{i}": np.full(10, i) for i in range(20)}, step=0)
+    for step in range(1, index.N_FILES_MAX):
+        open_run(backend).save(tiny(step), step=step)
+    run = open_run(backend)
+    run.save(tiny(100), step=100)
+    assert len(backend.names("index/")) == 1
+    assert run.save({"w": np.full(10, 7)}, step=101).n_new_chunks == 0
+    assert run.save(tiny(3), step=102).n_new_chunks == 0
+
+
+@pytest.mark.parametrize("who", ["writer", "gc"])
+def test_files_that_others_merge_while_gc_looks_are_not_missed(who, monkeypatch):
+    monkeypatch.setattr(deltackpt.store, "_STORED_SIZE_MIN", 0)
+    backend = MemoryBackend()
+    for step in range(index.N_FILES_MAX):
+        open_run(backend).save(tiny(step), step=step)
+    check = Index.check
+
+    def beside(self):
+        check(self)
+        monkeypatch.setattr(Index, "check", check)
+        if who == "gc":
+            monkeypatch.setattr(gc, "N_FILES_MAX", 2)
+            gc.collect(backend)
+        else:
+            open_run(backend).save(tiny(99), step=99)
+        assert len(backend.names("index/")) == 1
+
+    monkeypatch.setattr(Index, "check", beside)
+    assert gc.collect(backend).n_dead == 0
 
 
 # ---------------------------------------------------------------- a large index

@@ -94,8 +94,9 @@ def save(
     >>> report.logical_size
     8000
     """
+    check_optimize(optimize)  # before a store is made
     found = _run(store, run, create=True)
-    found.optimize = check_optimize(optimize)
+    found.optimize = optimize
     return found.save(
         state,
         step=step,

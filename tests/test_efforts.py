@@ -334,3 +334,9 @@ def test_nothing_else_can_be_optimized():
         InvalidInputError, match="optimize: found 'space', expected one of bytes, time, energy"
     ):
         open_run(MemoryBackend(), optimize="space")
+
+
+def test_what_cannot_be_optimized_makes_no_store(tmp_path):
+    with pytest.raises(InvalidInputError, match="optimize"):
+        delta.save({}, tmp_path / "store", step=1, optimize="space")
+    assert not (tmp_path / "store").exists()

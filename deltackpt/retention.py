@@ -50,6 +50,10 @@ class Rule(ABC):
     def reasons(self, steps: Mapping[int, Facts]) -> dict[int, list[str]]:
         """Return the steps this rule keeps, each with why."""
 
+    def chosen(self, steps: Mapping[int, Facts]) -> set[int]:
+        """Return the steps this rule keeps in place of others: were one of them gone, another might stay."""
+        return set(self.reasons(steps))
+
     def __or__(self, other: Rule) -> Rule:
         rules = tuple(dict.fromkeys((*_parts(self), *_parts(other))))
         return Union(rules) if len(rules) > 1 else rules[0]
@@ -156,6 +160,10 @@ class Union(Rule):
                 all_reasons.setdefault(step, []).extend(reasons)
         return all_reasons
 
+    def chosen(self, steps: Mapping[int, Facts]) -> set[int]:
+        """See `Rule.chosen`."""
+        return set().union(*(rule.chosen(steps) for rule in self.rules))
+
 
 @dataclass(frozen=True, slots=True)
 class last(Rule):
@@ -203,6 +211,10 @@ class every(Rule):
         """See `Rule.reasons`."""
         why = [f"multiple of {self.n}"]
         return {step: why for step in steps if step % self.n == 0}
+
+    def chosen(self, steps: Mapping[int, Facts]) -> set[int]:
+        """Return none: whether a step stays does not depend on others."""
+        return set()
 
 
 @dataclass(frozen=True, slots=True)

@@ -359,8 +359,8 @@ class Run:
         """Forget what a rule does not keep, and return it.
 
         The run is listed once: a listing has all steps that ever were, 3 us each, so no save may need one.
-        What others pinned, forgot or overwrote since is asked for by name, if a step is to go; what they
-        saved since stays.
+        What others pinned, forgot or overwrote since is asked for by name, if a step is to go, and only of
+        steps that this depends on; what they saved since stays.
         """
         refs = self.store.refs
         if self._steps is None:
@@ -370,7 +370,8 @@ class Run:
         if commit is not None:
             steps[saved] = commit
         stays = keep.stays(steps, resumed=self._resumed, saved=saved)
-        if len(stays) < len(steps) and any(refs.is_gone(found.slot) for found in steps.values()):
+        asked = (steps.keys() - stays) | keep.chosen(steps) | {max(steps, default=saved)}
+        if len(stays) < len(steps) and any(refs.is_gone(steps[step].slot) for step in asked):
             steps = self._steps = refs.steps(self.name)  # a rule may choose others in their place
             stays = keep.stays(steps, resumed=self._resumed, saved=saved)
         goes = [step for step in sorted(steps.keys() - stays) if not refs.is_pinned(self.name, step)]

@@ -146,6 +146,14 @@ def test_a_rule_applied_again_lets_nothing_more_go(steps, rule, pinned):
     assert rule.decide(left, pinned=pinned) == stays
 
 
+@given(runs, rules, st.sets(st.integers(0, 60)))
+def test_of_what_stays_only_what_is_chosen_and_the_latest_decide_on_others(steps, rule, gone):
+    stays = rule.stays(steps)
+    gone &= stays - rule.chosen(steps) - {max(steps, default=None)}
+    left = {step: facts for step, facts in steps.items() if step not in gone}
+    assert rule.stays(left) == stays - gone
+
+
 @given(rules)
 def test_a_rule_is_a_value_that_reads_as_it_was_written(rule):
     again = eval(str(rule), vars(deltackpt).copy())

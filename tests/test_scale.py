@@ -10,7 +10,7 @@ from faults import HookedOs, Wrapper
 from steps import opened, same
 
 import deltackpt.store
-from deltackpt import gc, index, last
+from deltackpt import every, gc, index, last
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.format import ROW
@@ -67,7 +67,7 @@ def cost_of_saves(backend, run, start):
     return [sorted(column)[4] for column in zip(*costs, strict=True)]
 
 
-@pytest.mark.parametrize("keep", [None, last(3), last(10_000)], ids=str)
+@pytest.mark.parametrize("keep", [None, last(3), last(10_000), last(3) | every(2)], ids=str)
 def test_a_save_asks_for_as_much_after_many_steps_as_after_few(keep):
     few = cost_of_saves(*saved(10, keep=keep), 10)
     many = cost_of_saves(*saved(N_STEPS, keep=keep), N_STEPS)

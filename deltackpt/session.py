@@ -19,6 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -49,14 +50,14 @@ from deltackpt.records import Commit, Fence, Figures, Origin, SessionName, Slot,
 from deltackpt.scratch import Scratch
 from deltackpt.store import Store
 from deltackpt.types import U8
-from deltackpt.workers import workers
+from deltackpt.workers import n_threads, workers
 
 log = logging.getLogger("deltackpt")
 
 #: Bytes of chunks a thread encodes at a time: threads take turns at the interpreter's lock between tasks.
 _BATCH_SIZE = 1 << 20
 #: Bytes of chunks being encoded or waiting to be written: what a save needs in memory, about.
-_WINDOW_SIZE = 16 << 20
+_WINDOW_SIZE = (2 + 2 * n_threads()) << 20
 
 
 class Parent(NamedTuple):
@@ -531,11 +532,11 @@ _local = _Local()
 def _encode(store: Store, puts: list[_Put], job: Job, pace: Pace) -> list[_Ready]:
     start_s, start_cpu_s = time.perf_counter(), time.thread_time()
     try:
-        encoded = _encoded(store, puts, job)
+        encoded = [_own(put, one) for put, one in zip(puts, _encoded(store, puts, job), strict=True)]
     except InvalidInputError:
         _check_unchanged(puts)  # what changes meanwhile may be of other sizes at every look
         raise
-    _check_unchanged(puts)
+    _check_unchanged(puts, encoded)
     ready = []
     for put, (codec, payload) in zip(puts, encoded, strict=True):
         is_delta = put.base is not None and codec in codecs.DELTAS
@@ -568,10 +569,20 @@ def _encoded(store: Store, puts: list[_Put], job: Job) -> list[Encoded]:
     return codecs.encode_all(chunks, fast=job.effort == "fast")
 
 
-def _check_unchanged(puts: Sequence[_Put]) -> None:
+def _own(put: _Put, encoded: Encoded) -> Encoded:
+    """Copy what is stored as it is: it is written later, and somebody may change it after it was checked."""
+    if encoded.payload is not put.data:
+        return encoded
+    payload = put.buffer[: put.data.size]
+    np.copyto(payload, put.data)
+    return Encoded(encoded.codec, payload)
+
+
+def _check_unchanged(puts: Sequence[_Put], encoded: Sequence[Encoded] = ()) -> None:
     """Refuse what is not what it was when its id, or its base's, was made: nobody could read it."""
-    for put in puts:
-        seen = [(put.data, put.fingerprint)]
+    for put, one in zip_longest(puts, encoded):
+        is_raw = one is not None and one.codec == codecs.raw.NUMBER
+        seen = [(one.payload if is_raw else put.data, put.fingerprint)]
         if put.base is not None and put.base.data is not None:
             seen.append((put.base.data, put.base.fingerprint))
         for data, fingerprint in seen:

@@ -67,6 +67,8 @@ class Arena:
         self._size = 0
         self._pieces: dict[int, mmap.mmap] = {}
         self._free: list[tuple[int, int]] = []  # by size, and where they begin: a save asks once a piece
+        #: Bytes of the pieces that were begun; whoever wants to know sets it to 0.
+        self.used_size = 0
         self._open = -1  # the piece being filled
         self._filled_size = 0
 
@@ -81,6 +83,7 @@ class Arena:
         size = -(-data.size // _ALIGNMENT) * _ALIGNMENT
         if self._open < 0 or self._filled_size + size > len(self._pieces[self._open]):
             self._open, self._filled_size = self._piece(size), 0
+            self.used_size += len(self._pieces[self._open])
         piece, start = self._pieces[self._open], self._filled_size
         self._filled_size += size
         np.copyto(np.frombuffer(piece, np.uint8, data.size, start), data)
@@ -92,7 +95,8 @@ class Arena:
         i = bisect_left(self._free, (wanted, 0))
         if i < len(self._free) and _FILL_MIN * self._free[i][0] <= wanted:
             return self._free.pop(i)[1]
-        self.trim()  # or what is free would be in memory beside what is used instead
+        # Or what is free would be in memory beside what is used instead.
+        self.trim(sum(size for size, _ in self._free) - wanted)
         at, wanted = self._size, -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
         os.ftruncate(self.fd, at + wanted)
         self._pieces[at] = mmap.mmap(self.fd, wanted, flags=mmap.MAP_SHARED, offset=at)

@@ -22,6 +22,11 @@ from deltackpt.types import U8
 N_SAVES_MAX = 8
 #: So it is once the share of bytes stored is this much off: a save after 10 steps, the next after 100.
 DRIFT_MAX = 0.03
+#: A trial costs about a millisecond, whatever the size.  Of fewer bytes it is made the more seldom: an
+#: adapter of 128 small tensors took half of its save for trials.
+_FULL_SIZE = 1 << 20
+#: Saves after which a mode is tried anew in any case, and bytes a save that are worth a trial.
+_N_SAVES_END, _DRIFT_SIZE = 64, 4096
 
 
 class Tried(NamedTuple):
@@ -37,8 +42,8 @@ class Tried(NamedTuple):
 
     Examples
     --------
-    >>> tried = Tried(Mode(1)).after(0.50)
-    >>> tried.n_saves, tried.after(0.51).n_saves, tried.after(0.60)
+    >>> tried = Tried(Mode(1)).after(0.50, 10**6)
+    >>> tried.n_saves, tried.after(0.51, 10**6).n_saves, tried.after(0.60, 10**6)
     (1, 2, None)
     """
 
@@ -46,13 +51,19 @@ class Tried(NamedTuple):
     share: float = 0.0
     n_saves: int = 0
 
-    def after(self, share: float) -> Tried | None:
-        """Return what is known once a save has used it and stored `share`, 0.0 if that tells nothing.
+    def after(self, share: float, size: int) -> Tried | None:
+        """Return what is known once a save has used it; None: try anew.
 
-        None: try anew.
+        Parameters
+        ----------
+        share : float
+            Bytes stored by bytes of the chunks; 0.0 if that tells nothing.
+        size : int
+            Bytes of the chunks.
         """
-        has_drifted = self.share and share and abs(share / self.share - 1) > DRIFT_MAX
-        if self.n_saves + 1 >= N_SAVES_MAX or has_drifted:
+        drift = abs(share / self.share - 1) if self.share and share else 0.0
+        n_saves_max = min(_N_SAVES_END, N_SAVES_MAX * max(1, _FULL_SIZE // max(1, size)))
+        if self.n_saves + 1 >= n_saves_max or (drift > DRIFT_MAX and drift * size >= _DRIFT_SIZE):
             return None
         return self._replace(share=self.share or share, n_saves=self.n_saves + 1)
 
@@ -79,8 +90,22 @@ class Taken(NamedTuple):
     ids: U8
 
 
-def learned(taken: Sequence[Taken], rows: Rows, *, is_small: bool = True) -> dict[str, Modes]:
-    """Return what is known of each tensor after a save, given the rows of what it wrote.
+def kept(before: Modes, now: Mapping[str, Tried | None]) -> Modes:
+    """Return what is known after a save that took some relations, given what was known before.
+
+    Examples
+    --------
+    >>> one, other = Tried(Mode(1)), Tried(Mode(2))
+    >>> sorted(kept({"previous": one, "cast": other}, {"root": other, "cast": None}))
+    ['previous', 'root']
+    """
+    return {why: tried for why, tried in {**before, **now}.items() if tried is not None}
+
+
+def learned(
+    taken: Sequence[Taken], rows: Rows, *, is_small: bool = True
+) -> dict[str, dict[str, Tried | None]]:
+    """Return what a save tells of each tensor, given the rows of what it wrote; None: try anew.
 
     Chunks that were put for another tensor too count for both.  Where some were not encoded as small as they
     can be, `is_small` being false, sizes do not tell whether another mode would do better now.
@@ -103,8 +128,7 @@ def learned(taken: Sequence[Taken], rows: Rows, *, is_small: bool = True) -> dic
     found = rows[first[at[is_there]]]
     raw, stored = (np.bincount(of, found[name], len(taken)) for name in ("raw_size", "stored_size"))
     shares = (is_small * stored / np.maximum(raw, 1)).tolist()
-    modes: dict[str, dict[str, Tried]] = {}
-    for t, share in zip(taken, shares, strict=True):
-        if after := t.tried.after(share):
-            modes.setdefault(t.tensor, {})[t.why] = after
-    return dict(modes)
+    modes: dict[str, dict[str, Tried | None]] = {}
+    for t, share, size in zip(taken, shares, raw.tolist(), strict=True):
+        modes.setdefault(t.tensor, {})[t.why] = t.tried.after(share, int(size))
+    return modes

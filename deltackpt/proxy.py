@@ -56,8 +56,6 @@ T = TypeVar("T")
 
 _NO_IDS = np.empty((0, CHUNK_ID_SIZE), np.uint8)
 
-#: Tensors, and bytes of copies, that are sent at a time.
-_N_SENT, _SENT_SIZE = 256, 8 << 20
 #: Seconds that a process which is to end gets for it.
 _STOP_S = 10.0
 _CODE = "import sys; sys.path[:] = {path!r}; from deltackpt.server import main; main({wire}, {arena}, {pid})"
@@ -144,7 +142,7 @@ class Proxy:
     def open(self, what: What, tensors: Sequence[Tensor | Deferred], meter: Meter) -> tuple[Memory, Reusable]:
         """See `Background.open`."""
         self._found: list[Found] = []
-        self._found_size = self._copied_size = 0
+        self._arena.used_size = 0
         self._cuts: dict[int, tuple[Ends, list[bytes]]] = {}
         self._meter = meter
         self._is_open = self._has_ended = self._is_over = False
@@ -170,30 +168,24 @@ class Proxy:
 
     def same(self, found: Look) -> None:
         """See `Line.same`."""
-        self._put(Found(found.at, None, []), 0)
+        self._found.append(Found(found.at, None, []))
 
     def copy(self, found: Look) -> None:
         """See `Line.copy`."""
         if found.before is not None:
             self._cuts[found.at] = found.before.ends, found.fingerprints
         place = self._arena.place(found.tensor.data)
-        self._copied_size += place.size
-        self._put(Found(found.at, place, found.fingerprints), place.size)
+        self._found.append(Found(found.at, place, found.fingerprints))
 
     def lend(self, found: Look) -> None:
         """See `Line.lend`; nobody can lend another process his memory."""
         raise AssertionError("a tensor larger than the room is saved by a thread")
 
-    def _put(self, found: Found, size: int) -> None:
-        self._found.append(found)
-        self._found_size += size
-        if len(self._found) >= _N_SENT or self._found_size >= _SENT_SIZE:
-            self._flush()
-
     def _flush(self) -> None:
+        """Send what was found.  Not before all is copied: who saves would take cores and memory from that."""
         if self._found:
             self._send(self._found)
-        self._found, self._found_size = [], 0
+        self._found = []
 
     def settle(self) -> int:
         """See `Line.settle`."""
@@ -230,7 +222,9 @@ class Proxy:
                     seen.append(self._known(at, tensor))
             self._seen = Memory(seen)
             self._arena.keep(done.held)
-            self._arena.trim(self._copied_size)  # the next save may need as much, not what the first one did
+            self._arena.trim(
+                self._arena.used_size
+            )  # the next save may need as much, not what the first one did
             self.shadow_size = done.shadow_size
             self._is_open = False
         finally:

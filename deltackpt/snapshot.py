@@ -29,7 +29,7 @@ from deltackpt.groups import GroupCost
 from deltackpt.index import Rows
 from deltackpt.manifest import Manifest, TensorRow, build_lists
 from deltackpt.memory import Ends, Known, Memory
-from deltackpt.modes import Taken, Tried, learned
+from deltackpt.modes import Taken, Tried, kept, learned
 from deltackpt.pack import PackName
 from deltackpt.session import Parent, Session
 from deltackpt.shadow import Fresh, Shadow
@@ -91,7 +91,9 @@ class Saved:
             if known.row.name in self.changed:
                 together = (known.packs or frozenset()) | packs
                 known = replace(
-                    known, packs=shared.setdefault(together, together), modes=modes.get(known.row.name, {})
+                    known,
+                    packs=shared.setdefault(together, together),
+                    modes=kept(known.modes, modes.get(known.row.name, {})),
                 )
             tensors.append(known)
         new_share = self.new_size / self.logical_size if self.logical_size else 1.0
@@ -511,7 +513,8 @@ class _Saver:
             packs, asked = before.packs or packs, np.flatnonzero(changed)
         level, root, lists, list_ids = _lists(ids, ends)
         self._clock.lap("identify")
-        known = Known(_row(tensor, level, root, whole), ends, ids, fingerprints, None)
+        row = _row(tensor, level, root, whole)
+        known = Known(row, ends, ids, fingerprints, None, before.modes if before is not None else {})
         self._pending.append(
             _Pending(look.at, tensor, known, asked, packs, lists, list_ids, before, source, look.is_own)
         )

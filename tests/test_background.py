@@ -40,10 +40,8 @@ def weights(seed: int, n: int = 100_000) -> np.ndarray:
 def sent(monkeypatch) -> list[Found]:
     """All tensors that went to another process."""
     found = []
-    put = proxy.Proxy._put
-    monkeypatch.setattr(
-        proxy.Proxy, "_put", lambda self, one, size: (found.append(one), put(self, one, size))
-    )
+    flush = proxy.Proxy._flush
+    monkeypatch.setattr(proxy.Proxy, "_flush", lambda self: (found.extend(self._found), flush(self)))
     return found
 
 

@@ -534,3 +534,13 @@ def test_the_benchmark_of_a_gpu_runs_as_far_as_it_can_without_one(bench: None, t
     [table] = device.tables({"one tensor changes": found}, 1 << 20)
     assert "Run.save_async" in table.text()
     assert not list(tmp_path.iterdir())
+
+
+def test_stages_and_phases_are_told(tmp_path):
+    arguments = ["--size-mib", 1, "--repeats", 1, "--dir", tmp_path, "--json", tmp_path / "found.json"]
+    run_bench("phases.py", *arguments)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["stages"]) == 9
+    assert all(seconds > 0 for seconds in found["stages"].values())
+    assert set(found["phases"]) == {"bytes", "time", "torch.save + fsync"}
+    assert all(phases["all"] > 0 for phases in found["phases"].values())

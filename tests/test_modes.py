@@ -47,12 +47,33 @@ def test_a_mode_serves_so_many_saves_and_no_more(share: float):
     tried: Tried | None = Tried(Mode(1))
     for _ in range(N_SAVES_MAX - 1):
         assert tried is not None
-        tried = tried.after(share)
+        tried = tried.after(share, 1 << 20)
     assert tried is not None
-    assert tried.after(share) is None
+    assert tried.after(share, 1 << 20) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "n_saves"), [(1 << 25, 8), (1 << 20, 8), (1 << 18, 32), (20_000, 64), (0, 64)]
+)
+def test_the_mode_of_a_small_tensor_is_tried_more_seldom(size: int, n_saves: int):
+    tried, n = Tried(Mode(1)), 0
+    while tried is not None:
+        tried, n = tried.after(0.5, size), n + 1
+    assert n == n_saves
+
+
+def test_what_is_known_of_other_relations_stays(rng: np.random.Generator):
+    """A chain that is full is left for its root, and begun again: neither is tried twice."""
+    assert saves(rng, [1e-5] * 7).count(0) >= 5
+
+
+def test_a_small_tensor_may_drift_as_far_as_a_trial_is_not_worth():
+    first = Tried(Mode(1)).after(0.5, 20_000)
+    assert first.after(0.55, 20_000) is not None
+    assert first.after(0.65, 20_000) is None
 
 
 def test_less_than_was_foreseen_is_tried_anew_too():
-    first = Tried(Mode(1)).after(0.5)
+    first = Tried(Mode(1)).after(0.5, 1 << 20)
     assert first is not None
-    assert first.after(0.4) is None
+    assert first.after(0.4, 1 << 20) is None

@@ -50,7 +50,8 @@ print(json.dumps(beyond))
 
 def beyond(store: Path, *, size: int, n_changed: int, memory_max: int = 0) -> list[int]:
     arguments = [str(BENCH), str(store), *map(str, (size, n_changed, memory_max))]
-    command = [sys.executable, "-c", textwrap.dedent(SAVES), *arguments]
+    # -P: not the sources in the current directory, which may have no kernels.
+    command = [sys.executable, "-P", "-c", textwrap.dedent(SAVES), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

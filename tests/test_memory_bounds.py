@@ -14,7 +14,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 MIB = 1 << 20
 #: What is on its way between reading and writing; and the interpreter of the process that saves, with NumPy
 #: and all else: 22 MiB when it begins.
-SLACK_SIZE = 80 * MIB
+SLACK_SIZE = (64 + 32) * MIB
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="/proc says nothing of memory here"

@@ -525,7 +525,8 @@ class Run:
     ) -> Pending | None:
         """Save a state while training goes on; returns once the state may be changed.
 
-        What changed since the last save is copied, what did not is only looked at; a thread does the rest.
+        What changed since the last save is copied, what did not is only looked at; another process does the
+        rest, or a thread where none can.
         One save is under way at a time.  An error of it is raised by whichever comes first of `wait`, the
         next save, and `close` or the end of a ``with`` block.  A program that ends waits for its last save.
 

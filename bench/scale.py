@@ -271,6 +271,7 @@ def main() -> None:
         for point in points(options.size_mib_max << 20, options.scale)[name]:
             say(f"{name}: {text_of(point)} ...")
             figures = measure(point, options.dir or Path.cwd(), options.repeats)
+            say("   " + ", ".join(f"{t} {c}" for t, c in zip(COLUMNS, cells(figures), strict=True)))
             results.append((point, figures))
     if options.json:
         found = [{"point": asdict(point), "figures": figures} for point, figures in results]

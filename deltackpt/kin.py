@@ -63,10 +63,10 @@ def nearest(store: Store, manifests: Iterable[Manifest], tensors: Sequence[Tenso
 
 def _sample(tensors: Sequence[Tensor | Deferred]) -> list[Tensor | Deferred]:
     """Return some of the larger tensors, spread over the state: weights and moments lie apart."""
-    there = [t for t in tensors if t.size]
-    if not there:
+    sizes = np.array([t.size for t in tensors])
+    if not sizes.any():
         return []
-    large = [t for t in there if t.size >= np.mean([t.size for t in there])]
+    large = [tensors[i] for i in np.flatnonzero(sizes >= sizes[sizes > 0].mean())]
     return [large[i] for i in np.unique(np.linspace(0, len(large) - 1, _N_TENSORS).astype(int))]
 
 

@@ -213,3 +213,31 @@ def test_a_look_up_reads_as_much_of_a_large_index_as_of_a_small_one(tmp_path):
         assert index.find(np.ascontiguousarray(rows["id"][:: n_rows // 10]))[0].all()
         sizes.append(os.n_calls["preadv"])
     assert sizes == [10, 10]
+
+
+def calls_of(action):
+    """How many functions are called in this thread, of Python or not: the same each time, but for waits."""
+    n_calls = 0
+
+    def count(frame, event, argument):
+        nonlocal n_calls
+        n_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return n_calls
+
+
+def calls_of_saves(n_tensors):
+    """Calls of a first save, of one in which all moved, and of one in which nothing did."""
+    run = opened(MemoryBackend())
+    states = [{f"t{i}": np.full(9, i + step) for i in range(n_tensors)} for step in (1, 2, 2)]
+    return [calls_of(lambda at=at: run.save(states[at], step=at)) for at in range(3)]
+
+
+def test_calls_of_a_save_grow_with_the_number_of_tensors_not_with_its_square():
+    few, many = calls_of_saves(250), calls_of_saves(1000)
+    assert [n <= 4.4 * m for m, n in zip(few, many, strict=True)] == [True] * 3, (few, many)

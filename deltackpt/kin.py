@@ -66,7 +66,7 @@ def _sample(tensors: Sequence[Tensor | Deferred]) -> list[Tensor | Deferred]:
     sizes = np.array([t.size for t in tensors])
     if not sizes.any():
         return []
-    large = [tensors[i] for i in np.flatnonzero(sizes >= sizes[sizes > 0].mean())]
+    large = [tensors[i] for i in np.flatnonzero(sizes >= sizes[sizes > 0].mean()).tolist()]
     return [large[i] for i in np.unique(np.linspace(0, len(large) - 1, _N_TENSORS).astype(int))]
 
 

@@ -70,7 +70,7 @@ def load(
         dropped = {i for i, leaf in enumerate(found) if leaf.is_array and i not in placed}
         if dropped:
             structure = leaves.without(structure, len(rows), dropped)
-        values = _fill_into(
+        values = fill_into(
             store, rows, [(leaf, placed.get(i)) for i, leaf in enumerate(found) if i not in dropped]
         )
     each = iter(values)
@@ -85,7 +85,7 @@ def read(
     rows = manifest.tensors
     leaf = leaves.find(manifest.structure, [row.name for row in rows], wanted)
     check_inside(rows[leaf.at], leaf)
-    return _read_part(store, rows[leaf.at], leaf, index, device_map)
+    return read_part(store, rows[leaf.at], leaf, index, device_map)
 
 
 class LazyArray:
@@ -232,7 +232,7 @@ def _groups(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
 # --- into the caller's memory ---
 
 
-def _fill_into(store: Store, rows: Sequence[TensorRow], pairs: Sequence[tuple[Leaf, Any]]) -> list[Any]:
+def fill_into(store: Store, rows: Sequence[TensorRow], pairs: Sequence[tuple[Leaf, Any]]) -> list[Any]:
     """Fill the caller's arrays; return what leaves stand for, given each with its array, or with None."""
     direct: dict[int, U8] = {}  # tensor: the memory that it is read into
     long: dict[int, U8] = {}  # tensor: the bytes, text or pickle in it
@@ -305,13 +305,13 @@ def _lazy_array(
 ) -> LazyArray:
     def get(index: Any) -> Any:
         with reading():
-            return _read_part(store, row, leaf, index, device_map)
+            return read_part(store, row, leaf, index, device_map)
 
     _, dtype, layout = _wanted(row, leaf)
     return LazyArray(name(leaf.path), dtype, layout.shape, layout.size, get)
 
 
-def _read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:
+def read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:
     """Return what an index picks of a leaf's array, as an array of its own."""
     picked = _layout(row, leaf.view).indexed(index, f"index of {name(leaf.path)!r}")
     dtype = leaf.view.dtype or row.dtype

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import zip_longest
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -93,8 +94,24 @@ class Parent(NamedTuple):
     fingerprint: bytes | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What another session of the same slot has published and leaves to be decided: a rank's part of a step.
+
+    Parameters
+    ----------
+    name : SessionName
+        Its record, which goes with the decision.
+    packs : list of (PackName, int)
+        What it wrote, with sizes.
+    """
+
+    name: SessionName
+    packs: list[tuple[PackName, int]]
+
+
 class Session:
-    """A writer at work on one slot; a context manager that aborts unless committed.
+    """A writer at work on one slot; a context manager that aborts unless committed or handed over.
 
     Parameters
     ----------
@@ -162,6 +179,7 @@ class Session:
         self._packer = Packer(self._backend, store.uuid, self.sid, store.rates)
         self._present: dict[PackName, bool] = {}
         self._needed: set[PackName] = set()  # by the chains of what is written here
+        self._parts: Sequence[Part] = ()
         store.prepare_to_write()
         epoch, _ = store.gc_state()  # W1
         self.name = SessionName(self.sid, epoch, slot)
@@ -372,8 +390,28 @@ class Session:
 
     # -- deciding
 
-    def publish(self, manifest: bytes | None) -> None:
-        """Write what is left of W4: close the packs, then index and manifest, durable on return."""
+    def publish(self, manifest: bytes | None, parts: Sequence[Part] = ()) -> None:
+        """Write what is left of W4: close the packs, then index and manifest, durable on return.
+
+        Parameters
+        ----------
+        manifest : bytes or None
+            None: what was put here is part of a step that another session decides, or of none.
+        parts : sequence of Part
+            What other sessions have handed over, which `commit` then decides with what was put here.
+
+        Raises
+        ------
+        ConflictError
+            If one of them is of another slot: what protects its packs from gc ends with another decision.
+        """
+        for part in parts:
+            if part.name.slot != self.slot:
+                raise ConflictError(
+                    f"run {self.slot.run!r} step {self.slot.step}: the ranks began different attempts at it",
+                    hint="save again",
+                )
+        self._parts = parts
         self._finish_encoding()
         self._packer.finish()
         if self._packer.done:
@@ -407,7 +445,8 @@ class Session:
         self.written_size += len(data)
 
     def _check_packs(self) -> None:
-        for name, size, _ in self._packer.done:
+        written = [(name, size) for name, size, _ in self._packer.done]
+        for name, size in [*written, *(pack for part in self._parts for pack in part.packs)]:
             try:
                 found = self._backend.size(name.key)
             except NotFoundError:
@@ -457,6 +496,15 @@ class Session:
             log.warning("run %r step %d is saved, but: %s", self.slot.run, self.slot.step, e.message)
         return commit
 
+    def hand_over(self) -> Part:
+        """Leave what was put here, and published without a manifest, to another session of the same slot.
+
+        The session's record stays, so that gc waits for the slot's decision; whoever decides removes it.
+        """
+        part = Part(self.name, [(name, size) for name, size, _ in self._packer.done])
+        self.name = None  # type: ignore[assignment]
+        return part
+
     def is_fenced(self) -> bool:
         """Return whether gc gave this session up for dead: then its files may go while it writes them."""
         decision = self.store.refs.decision(self.slot)
@@ -486,7 +534,8 @@ class Session:
             log.warning("session %s left behind: %s", self.sid.hex(), e.message)
 
     def _close(self) -> None:
-        self._backend.delete(self.name.key)
+        for name in (self.name, *(part.name for part in self._parts)):
+            self._backend.delete(name.key)
         self.name = None  # type: ignore[assignment]
 
 

@@ -54,6 +54,8 @@ HARMLESS = {
         "MAP_SHARED",
         "MAP_ANONYMOUS",
     },
+    # So is a file in memory, as torch.save wants one.
+    "io": {"BytesIO"},
 }
 
 
@@ -121,7 +123,7 @@ def test_imports_point_down(name: str):
 def test_only_backends_touch_storage(name: str):
     used = names_used(name)
     assert "open" not in used
-    assert not modules_used(name) & (FILE_MODULES - {"mmap"})
+    assert not modules_used(name) & (FILE_MODULES - HARMLESS.keys())
     for module, harmless in HARMLESS.items():
         attributes = {n.partition(".")[2] for n in used if n.startswith(f"{module}.")}
         assert attributes <= harmless
@@ -139,7 +141,8 @@ def test_nothing_that_was_read_is_executed(name: str):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("torch.load"):
             assert "weights_only=True" in ast.unparse(node)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            assert ast.unparse(node.value) in ("False", "allow_pickle", "asked.allow_pickle")
+            value = ast.unparse(node.value)
+            assert value in ("False", "allow_pickle", "asked.allow_pickle", "self.allow_pickle")
 
 
 def test_importing_the_package_brings_in_no_framework_and_no_command_line():

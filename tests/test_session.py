@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from faults import HookedOs, Wrapper
 from plain import same, weights
 
 import deltackpt.session
-from deltackpt import AlreadyExistsError, ConflictError, StorageError, open_run, open_store
+from deltackpt import AlreadyExistsError, ConflictError, StorageError, gc, open_run, open_store
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.codecs import Kind
@@ -164,3 +165,68 @@ def test_a_write_error_is_met_by_saving_all_of_it_once_more():
     assert backend.failed
     assert same(run.load(1), state)
     assert len(backend.list("packs/")) == 1
+
+
+# -- several ranks
+
+
+def rank(backend, numbers, step=1):
+    """Put one chunk as a rank does, unless it is there, and hand it over."""
+    session = Session(open_store(backend), "main", step)
+    data = np.full(1000, numbers, np.uint8)
+    chunk_id = blake3(data).digest()
+    if session.look_up(np.frombuffer(chunk_id, np.uint8)[None]) == [None]:
+        session.put(chunk_id, data, Kind(1, False))
+    session.publish(None)
+    return session.hand_over()
+
+
+def decided(backend, parts, step=1):
+    with Session(open_store(backend), "main", step) as session:
+        session.publish(b"manifest", parts)
+        session.commit(b"manifest", parent=None, metrics={}, metadata={}, figures=Figures())
+
+
+def test_one_session_decides_for_all_of_its_slot_and_their_records_go():
+    backend = MemoryBackend()
+    open_store(backend, create=True)
+    parts = [rank(backend, n) for n in range(3)]
+    assert len(backend.list("sessions/")) == len(backend.list("packs/")) == len(backend.list("index/")) == 3
+    assert not backend.list("refs/main/")
+    decided(backend, parts)
+    assert not backend.list("sessions/")
+    assert open_run(backend).steps() == [1]
+
+
+def test_gc_waits_for_every_rank_and_keeps_what_all_of_them_wrote_or_use():
+    backend = MemoryBackend()
+    open_store(backend, create=True)
+    run = open_run(backend)
+    run.save({"old": np.full(1000, 7, np.uint8)}, step=0)
+    part = rank(backend, 7)  # finds what step 0 has
+    assert not part.packs
+    run.forget([0])
+    assert gc.collect(backend).waiting_for
+    other = rank(backend, 8)
+    assert len(gc.collect(backend).waiting_for) == 1  # the second knows what is condemned
+    assert len(backend.list("packs/")) == 2
+    # Whoever is found dead ends it for all.
+    assert gc.collect(backend, patience_s=-1).fenced == ["run main step 1"]
+    with pytest.raises(ConflictError):
+        decided(backend, [part, other])
+    assert open_run(backend).steps() == []
+
+
+def test_parts_of_another_attempt_or_whose_packs_are_gone_are_refused():
+    backend = MemoryBackend()
+    open_store(backend, create=True)
+    early = rank(backend, 1)
+    open_store(backend).refs.decide(Fence(early.name.slot, early.name.sid))
+    late = rank(backend, 2)
+    with pytest.raises(ConflictError, match="different attempts"):
+        decided(backend, [early, late])
+    [(pack, _)] = late.packs
+    backend.delete(pack.key)
+    with pytest.raises(StorageError, match="has None bytes"):
+        decided(backend, [late])
+    assert open_run(backend).steps() == []

@@ -4,6 +4,7 @@ import pickle
 import re
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType 
 
 import deltackpt  # noqa: E402
 from deltackpt import gc, last, open_run  # noqa: E402
-from deltackpt.errors import AlreadyExistsError, InvalidInputError  # noqa: E402
+from deltackpt.errors import AlreadyExistsError, FormatError, InvalidInputError  # noqa: E402
 from deltackpt.integrations.torch_dcp import DeltaStorageReader, DeltaStorageWriter  # noqa: E402
 from deltackpt.store import open_store  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
@@ -237,6 +238,46 @@ def test_a_step_that_was_saved_otherwise_is_refused(tmp_path):
         loaded(tmp_path, {"w": torch.zeros(2)})
     with refused(AssertionError, "run 'other' has no step"):
         loaded(tmp_path, {"w": torch.zeros(2)}, run="other")
+
+
+def good():
+    return {
+        "tensors": {"w": {"0": torch.ones(2), "2": torch.ones(1)}},
+        "values": {},
+        "sizes": {"w": torch.Size([3])},
+        "requires_grad": [],
+        "planner_data": None,
+    }
+
+
+SPOILT = {
+    "tensors is a list": {"tensors": []},
+    "shards are a list": {"tensors": {"w": [torch.ones(3)]}},
+    "no shards": {"tensors": {"w": {}}},
+    "a shard is text": {"tensors": {"w": {"0": "text"}}},
+    "a shard is long text": {"tensors": {"w": {"0": "text" * 9999}}},
+    "a shard is NumPy's": {"tensors": {"w": {"0": np.ones(3, "M8[s]")}}},
+    "offsets are words": {"tensors": {"w": {"zero": torch.ones(3)}}},
+    "an offset is a number": {"tensors": {"w": {0.5: torch.ones(3)}}},
+    "an offset is below": {"tensors": {"w": {"-1": torch.ones(3)}}},
+    "an offset is too far": {"tensors": {"w": {"1": torch.ones(3)}}},
+    "too many offsets": {"tensors": {"w": {"0,0,0": torch.ones(3, 1)}}},
+    "two dtypes": {"tensors": {"w": {"0": torch.ones(2), "2": torch.ones(1, dtype=int)}}},
+    "no size": {"sizes": {}},
+    "a size is a list": {"sizes": {"w": [3]}},
+    "names are lists": {"requires_grad": [[]]},
+    "values are a list": {"values": [1]},
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_step_that_says_impossible_things_is_refused(tmp_path, name):
+    deltackpt.save(good(), tmp_path, step=1)
+    assert loaded(tmp_path, {"w": torch.zeros(3)})["w"].tolist() == [1, 1, 1]
+    deltackpt.save({**good(), **SPOILT[name]}, tmp_path, step=2)
+    reader = DeltaStorageReader(tmp_path)
+    with pytest.raises(FormatError):
+        reader.read_metadata()
 
 
 def test_writer_and_reader_can_be_pickled(tmp_path):

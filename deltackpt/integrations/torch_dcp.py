@@ -25,6 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import gt
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ from torch.futures import Future
 
 from deltackpt import leaves, loader, snapshot, tree
 from deltackpt.efforts import Optimize, check_optimize
-from deltackpt.errors import InvalidInputError
+from deltackpt.errors import CorruptError, InvalidInputError
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.records import Commit, Figures, check_run, check_step
 from deltackpt.report import SaveReport
@@ -493,24 +494,53 @@ class _Step(NamedTuple):
                 )
             outside = {"map": {key: parts[key] for key in _KEYS if key != "values"}}
             state = tree.unflatten(outside, len(manifest.tensors), lambda leaf: leaf)
-            shards = [shard for shards in state["tensors"].values() for shard in shards.values()]
-            for leaf in shards:
-                loader.check_inside(manifest.tensors[leaf.at], leaf)
-        return cls(run, commit, manifest, state, allow_pickle)
+            found = cls(run, commit, manifest, state, allow_pickle)
+            found._check()
+        return found
+
+    def _check(self) -> None:
+        """Refuse what no writer has written: a store's files are anybody's."""
+        tensors, sizes, values = self.state["tensors"], self.state["sizes"], self._values()
+        if not all(isinstance(x, dict) for x in (tensors, sizes, values)):
+            raise CorruptError("tensors, sizes or values are no dicts")
+        grads = self.state["requires_grad"]
+        if not isinstance(grads, list) or not all(isinstance(fqn, str) for fqn in grads):
+            raise CorruptError("requires_grad is no list of names")
+        for fqn, shards in tensors.items():
+            size = sizes.get(fqn)
+            if not isinstance(size, torch.Size) or not isinstance(shards, dict) or not shards:
+                raise CorruptError(f"tensor {fqn!r}: has no shards, or no size")
+            for key, leaf in shards.items():
+                is_array = isinstance(leaf, Leaf) and self.manifest.tensors[leaf.at].framework == "torch"
+                if not is_array or not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", str(key)):
+                    raise CorruptError(f"tensor {fqn!r}: shard {key!r} is no tensor, or not at offsets")
+                loader.check_inside(self.manifest.tensors[leaf.at], leaf)
+                shape = self._shape(leaf)
+                offsets = _offsets(key, shape)
+                ends = [a + n for a, n in zip(offsets, shape, strict=False)]
+                if len(shape) != len(size) or len(offsets) != len(size) or any(map(gt, ends, size)):
+                    raise CorruptError(
+                        f"tensor {fqn!r}: shard {key!r} of shape {shape} is not in {tuple(size)}"
+                    )
+                if self._dtype(leaf) != self._dtype(next(iter(shards.values()))):
+                    raise CorruptError(f"tensor {fqn!r}: its shards are of several dtypes")
+
+    def _values(self) -> Any:
+        node = self.manifest.structure["map"]["values"]
+        return node.get("map") if isinstance(node, dict) else None
 
     def metadata(self) -> Metadata:
         found: dict[str, Any] = {}
         grads = set(self.state["requires_grad"])
         for fqn, shards in self.state["tensors"].items():
-            dtype = {self._dtype(leaf) for leaf in shards.values()}
+            dtype = self._dtype(next(iter(shards.values())))
             chunks = [
                 ChunkStorageMetadata(_offsets(key, self._shape(leaf)), torch.Size(self._shape(leaf)))
                 for key, leaf in shards.items()
             ]
-            properties = TensorProperties(dtype=getattr(torch, dtype.pop()), requires_grad=fqn in grads)
+            properties = TensorProperties(dtype=getattr(torch, dtype), requires_grad=fqn in grads)
             found[fqn] = TensorStorageMetadata(properties, self.state["sizes"][fqn], chunks)
-        values = self.manifest.structure["map"]["values"]["map"]
-        found |= {fqn: BytesStorageMetadata() for fqn in values}
+        found |= {fqn: BytesStorageMetadata() for fqn in self._values()}
         where = StorageMeta(checkpoint_id=str(self.commit.slot.step))
         return Metadata(found, self.state["planner_data"], storage_meta=where)
 
@@ -541,7 +571,7 @@ class _Step(NamedTuple):
 
     def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         """Give a value to the planner, which takes pickles only: one that this process has just made."""
-        node = self.manifest.structure["map"]["values"]["map"][item.storage_index.fqn]
+        node = self._values()[item.storage_index.fqn]
         value = loader.load(
             self.run.store,
             Manifest(node, self.manifest.tensors),

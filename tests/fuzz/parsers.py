@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))
 
 
 def fuzz(called: str, seconds: int, seed: int) -> None:
@@ -30,8 +30,7 @@ def fuzz(called: str, seconds: int, seed: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["deltackpt"]):
-        import mutations
-        import targets
+        from fuzz import mutations, targets
     target = targets.TARGETS[called]
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -61,7 +60,7 @@ def fuzz(called: str, seconds: int, seed: int) -> None:
 
 def replay(called: str, path: Path) -> None:
     """Try one input."""
-    import targets
+    from fuzz import targets
 
     with targets.bounded():
         taken = targets.try_one(targets.TARGETS[called], path.read_bytes())
@@ -81,7 +80,7 @@ def main() -> None:
     if len(options.targets) == 1:
         fuzz(options.targets[0], options.seconds, options.seed)
         return
-    import targets
+    from fuzz import targets
 
     failed = []
     for called in options.targets or targets.TARGETS:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import mutations
 import numpy as np
 import xxhash
 import zstandard
+from fuzz import mutations
 
 from deltackpt import (
     codecs,

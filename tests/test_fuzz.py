@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 from fuzz import targets
@@ -43,6 +48,16 @@ def test_a_parser_takes_or_refuses_any_bytes(called: str, caplog: pytest.LogCapt
     assert n_refused or not N_INPUTS or called in ("names", "words"), "nothing is refused: nothing is tried"
 
 
+def test_the_kernels_go_through_their_corpus_under_the_sanitizers():
+    library = Path(sysconfig.get_config_var("LIBDIR") or "") / (sysconfig.get_config_var("LDLIBRARY") or "")
+    if shutil.which("gcc") is None or not library.is_file():
+        pytest.skip("no gcc, or no library of Python")
+    script = Path(__file__).parent / "fuzz" / "kernels.py"
+    done = subprocess.run([sys.executable, script, "--replay"], capture_output=True, text=True, check=False)
+    n_inputs = len((targets.CORPUS / "kernels.hex").read_text().split())
+    assert (done.returncode, done.stdout) == (0, f"{n_inputs} inputs\n"), done.stderr
+
+
 def test_the_corpus_is_small_and_every_part_of_it_is_tried():
-    assert {path.name for path in targets.CORPUS.iterdir()} <= targets.TARGETS.keys() | {"kernels", "pt"}
+    assert {path.name for path in targets.CORPUS.iterdir()} <= targets.TARGETS.keys() | {"kernels.hex", "pt"}
     assert sum(path.stat().st_size for path in targets.CORPUS.rglob("*") if path.is_file()) < 300_000

@@ -4,7 +4,7 @@
     python tests/fuzz/kernels.py --replay [FILE ...]
 
 builds kernels.c with the address and undefined-behaviour sanitizers and runs libFuzzer on it for so many
-seconds, from ``tests/fuzz/corpus/kernels``.  What it finds is left as ``crash-...`` where this was called.
+seconds, from ``tests/fuzz/corpus/kernels.hex``, an input a line.  What it finds is left as ``crash-...``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CORPUS = HERE / "corpus" / "kernels"
+CORPUS = HERE / "corpus" / "kernels.hex"
 SANITIZED = ["-g", "-O1", "-fno-sanitize-recover=all"]
 #: What the interpreter itself leaves behind at its end is not looked at.
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "PYTHONMALLOC": "malloc"}
@@ -51,17 +51,18 @@ def main() -> None:
     # The interpreter that is embedded looks for its library where this one's is.
     environment = {**os.environ, **ENVIRONMENT, "PYTHONHOME": sys.base_prefix}
     with tempfile.TemporaryDirectory() as at:
-        out = Path(at) / "kernels"
+        out, inputs = Path(at) / "kernels", Path(at) / "inputs"
+        inputs.mkdir()
+        for number, line in enumerate(CORPUS.read_text().split()):
+            (inputs / f"{number:04}").write_bytes(bytes.fromhex(line))
         if options.replay is not None:
             build("gcc", out, "address,undefined", "-DWITHOUT_LIBFUZZER")
-            command = [out, *(options.replay or sorted(CORPUS.iterdir()))]
+            command = [out, *(options.replay or sorted(inputs.iterdir()))]
         else:
             compiler = clang()
             if compiler is None:
                 sys.exit("there is no clang, which has libFuzzer: apt-get install clang, or --replay")
             build(compiler, out, "fuzzer,address,undefined")
-            found = Path(at) / "found"  # what is new is kept by who wants to: -merge=1
-            found.mkdir()
             limits = [
                 f"-max_total_time={options.seconds}",
                 f"-seed={options.seed}",
@@ -69,7 +70,7 @@ def main() -> None:
                 "-timeout=10",
             ]
             print(f"seed {options.seed}, {options.seconds} s", flush=True)
-            command = [out, f"-seed={options.seed}", *limits, "-print_final_stats=1", found, CORPUS]
+            command = [out, f"-seed={options.seed}", *limits, "-print_final_stats=1", inputs]
         sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
 

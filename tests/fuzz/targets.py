@@ -197,7 +197,7 @@ def _decisions() -> list[bytes]:
 
 
 def _documents(version: str = "") -> list[bytes]:
-    files = _kind("manifests/", version=version)
+    files = [data for data in _kind("manifests/", version=version) if data.startswith(MANIFEST_HEADER.magic)]
     return [zstandard.decompress(data[MANIFEST_HEADER.size :]) for data in files]
 
 
@@ -509,7 +509,11 @@ TARGETS: dict[str, Target] = {
     "sealed": Target(sealed_record, lambda: [sealed(b"{}"), *_kind("refs/")]),
     "decision": Target(decision, _decisions, mutate=mutations.as_json),
     "gc-record": Target(gc_record, lambda: [_line(d) for d in _kind("gc/")], mutate=mutations.as_json),
-    "session": Target(session, lambda: [json.dumps(process.identity()).encode()], mutate=mutations.as_json),
+    "session": Target(
+        session,
+        lambda: [json.dumps(process.identity()).encode(), *map(_line, _kind("sessions/"))],
+        mutate=mutations.as_json,
+    ),
     "names": Target(names, _names),
     "pack": Target(whole_pack, lambda: _kind("packs/")),
     "index": Target(index, lambda: _kind("index/")),

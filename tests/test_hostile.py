@@ -8,12 +8,17 @@ import os
 import pickle
 import socket
 import struct
+import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
+import zstandard
+from blake3 import blake3
 from faults import memory_of
 from fuzz.targets import MEMORY_MAX, bounded, golden, manifest_of, sealed
 
@@ -29,6 +34,8 @@ from deltackpt.errors import (
 )
 from deltackpt.export import export
 from deltackpt.files import TensorSpec, create_file, read_state
+from deltackpt.format import MANIFEST_HEADER
+from deltackpt.manifest import Manifest
 from deltackpt.run import Run, open_run
 from deltackpt.store import DIRS, Store, open_store
 from deltackpt.verify import verify
@@ -55,14 +62,10 @@ class Payload:
 
 def hostile(change: Any) -> dict[str, bytes]:
     """A golden store whose step 1 has another manifest, under a commit that says so."""
-    from blake3 import blake3
-
     objects = dict(golden("v1-runs"))
     ref = "refs/main/1.1"
     commit = json.loads(objects[ref].partition(b"\n")[0])
     key = f"manifests/{commit['sid']}.man"
-    import zstandard
-
     body = json.loads(zstandard.decompress(objects[key][40:]))
     change(body)
     objects[key] = manifest_of(json.dumps(body).encode())
@@ -161,11 +164,6 @@ def test_a_manifest_that_claims_what_no_memory_holds_is_refused_before_it_is_tak
 
 @pytest.mark.parametrize("size", [(1 << 30) + 1, 1 << 62])
 def test_a_manifest_whose_frame_says_it_becomes_too_much_is_refused(size: int):
-    import xxhash
-
-    from deltackpt.format import MANIFEST_HEADER
-    from deltackpt.manifest import Manifest
-
     # A zstd frame of one segment, whose header says its size in eight bytes.
     frame = b"\x28\xb5\x2f\xfd\xe0" + size.to_bytes(8, "little") + b"\x01\0\0"
     data = MANIFEST_HEADER.pack(1, 0, size, len(frame), xxhash.xxh3_64_intdigest(frame)) + frame
@@ -174,12 +172,6 @@ def test_a_manifest_whose_frame_says_it_becomes_too_much_is_refused(size: int):
 
 
 def test_a_manifest_that_becomes_more_than_its_frame_says_is_refused():
-    import xxhash
-    import zstandard
-
-    from deltackpt.format import MANIFEST_HEADER
-    from deltackpt.manifest import Manifest
-
     bomb = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 30))
     assert len(bomb) < 1 << 17
     for told in (100, 1 << 30):
@@ -190,7 +182,8 @@ def test_a_manifest_that_becomes_more_than_its_frame_says_is_refused():
 
 def zipped(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", method) as archive:
+        warnings.simplefilter("ignore")  # two of one name
         for name, data in members:
             archive.writestr(name, data)
     return file.getvalue()
@@ -234,7 +227,6 @@ NPZ = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("what", NPZ)
 def test_a_hostile_npz_is_refused(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
@@ -409,8 +401,6 @@ def test_a_pickle_in_a_store_is_not_read_unless_that_is_asked_for(tmp_path: Path
     ],
 )
 def test_a_structure_neither_imports_nor_calls_what_it_names(node: Any, monkeypatch: pytest.MonkeyPatch):
-    import sys
-
     def put(body: dict[str, Any]) -> None:
         body["structure"] = {"map": {"x": node}}
 

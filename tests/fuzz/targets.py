@@ -26,9 +26,11 @@ import click
 import numpy as np
 import xxhash
 import zstandard
+from blake3 import blake3
 from fuzz import mutations
 
 from deltackpt import (
+    arrays,
     codecs,
     dtypes,
     files,
@@ -40,6 +42,7 @@ from deltackpt import (
     process,
     records,
     series,
+    tree,
 )
 from deltackpt.backends import is_name
 from deltackpt.backends.memory import MemoryBackend
@@ -368,8 +371,6 @@ def _backend(objects: dict[str, bytes]) -> MemoryBackend:
 
 def structure(data: bytes) -> None:
     """A structure alone, over three tensors: everything that walks one."""
-    from deltackpt import arrays, tree
-
     node = load_json(data, "here")
     tensors = [np.arange(48, dtype=np.uint8), np.arange(6, dtype="<f4"), np.frombuffer(b"text", np.uint8)]
     called = ["a", "b", "c"]
@@ -477,8 +478,6 @@ def store(data: bytes) -> None:
     objects[key] = mended(key, data[2:]) if data[1] % 4 else data[2:]
     if key.startswith("manifests/") and data[1] % 4:
         # The commit says what the manifest's digest is.
-        from blake3 import blake3
-
         for ref, body in list(objects.items()):
             if ref.startswith("refs/") and key[10:42].encode() in body:
                 told = json.loads(_line(body)) | {"manifest": blake3(objects[key]).hexdigest()}

@@ -22,7 +22,7 @@ from blake3 import blake3
 from faults import memory_of
 from fuzz.targets import MEMORY_MAX, bounded, golden, manifest_of, sealed
 
-from deltackpt import delta, gc
+from deltackpt import delta, gc, process
 from deltackpt.backends.local import LocalBackend
 from deltackpt.errors import (
     CorruptError,
@@ -413,6 +413,20 @@ def test_a_structure_neither_imports_nor_calls_what_it_names(node: Any, monkeypa
     else:  # text, where there is no torch; or attributes, which are not what has their name
         assert type(found["x"]).__name__ in ("str", "OrderedDict")
     assert "antigravity" not in set(sys.modules) - modules
+
+
+def test_a_process_that_is_called_what_is_no_text_is_known_all_the_same():
+    comm = Path("/proc/self/comm")
+    if not comm.exists():
+        pytest.skip("processes have no names here")
+    before = comm.read_bytes()
+    try:
+        comm.write_bytes(b"\xff) \xfe")
+        who = process.identity()
+        assert type(who["start"]) is int
+        assert not process.is_dead(who)
+    finally:
+        comm.write_bytes(before)
 
 
 # -- what is no plain file inside a store

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import secrets
 import threading
 import zipfile
@@ -27,6 +28,7 @@ import numpy as np
 
 from deltackpt import arrays, dtypes
 from deltackpt.errors import (
+    DeltackptError,
     FormatError,
     InvalidInputError,
     MissingDependencyError,
@@ -223,28 +225,40 @@ def _check_tiling(entries: dict[str, _Entry], data_size: int, path: Path) -> Non
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    with _zip_errors(path, "npz"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _check_members(members, path)
+        return {
+            member.filename.removesuffix(".npy"): _read_member(archive, member, path)
+            for member in members
+            if member.filename != _STRUCTURE_MEMBER
+        }
+
+
+@contextmanager
+def _zip_errors(path: Path, kind: str) -> Iterator[None]:
     with _storage_errors(path):
-        file_size = path.stat().st_size
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-                _check_members(members, file_size, path)
-                return {
-                    member.filename.removesuffix(".npy"): _read_member(archive, member, path)
-                    for member in members
-                    if member.filename != _STRUCTURE_MEMBER
-                }
+            yield
         # RuntimeError: an encrypted member. NotImplementedError: a zip feature that zipfile has not.
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise FormatError(f"{path}: not a readable npz: {error}") from error
+        # UnicodeDecodeError: a name in front of a member that is none.
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+            NotImplementedError,
+            UnicodeDecodeError,
+        ) as error:
+            raise FormatError(f"{path}: not a readable {kind}: {error}") from error
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if isinstance(error, DeltackptError) or error.errno != errno.EINVAL:
                 raise
             # zipfile seeks where a damaged directory sends it, before the file's start too.
-            raise FormatError(f"{path}: not a readable npz: its directory points outside of it") from error
+            raise FormatError(f"{path}: not a readable {kind}: its directory points outside of it") from error
 
 
-def _check_members(members: list[zipfile.ZipInfo], file_size: int, path: Path) -> None:
+def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
     """Refuse names that collide, and sizes that the file cannot hold, before anything is allocated."""
     if len({member.filename for member in members}) != len(members):
         raise FormatError(f"{path}: two members have the same name")
@@ -261,7 +275,11 @@ def _check_members(members: list[zipfile.ZipInfo], file_size: int, path: Path) -
             raise FormatError(
                 f"{where}: {member.compress_size} stored bytes cannot make {member.file_size}, as declared"
             )
-    stored_size = sum(member.compress_size for member in members)
+    _check_room(members, path)
+
+
+def _check_room(members: list[zipfile.ZipInfo], path: Path) -> None:
+    stored_size, file_size = sum(member.compress_size for member in members), path.stat().st_size
     if stored_size > file_size:  # also true of members that share their bytes, as a zip bomb's do
         raise FormatError(f"{path}: members take {stored_size} bytes, the file has {file_size}")
 
@@ -310,6 +328,8 @@ def _read_pt(path: Path) -> State:
     torch = _import_torch(path)
     with _storage_errors(path), path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote a stream, which cannot be mapped
+    if is_zip:
+        _check_pt(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -321,6 +341,15 @@ def _read_pt(path: Path) -> State:
         raise FormatError(
             f"{path}: torch cannot read it: {type(error).__name__}: {_first_line(error)}"
         ) from error
+
+
+def _check_pt(path: Path) -> None:
+    """Refuse a zip whose members are not simply in it: torch makes room for whatever they say they become."""
+    with _zip_errors(path, "pt"), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise FormatError(f"{path}: member {member.filename!r} is compressed, torch compresses none")
+        _check_room(archive.infolist(), path)
 
 
 def _first_line(error: Exception) -> str:
@@ -459,7 +488,7 @@ def _check_specs(path: Path, specs: Sequence[TensorSpec]) -> None:
             raise InvalidInputError(f"{where} is {spec.dtype}, which {path.suffix} cannot hold", hint=hint)
         if spec.name in seen:
             raise InvalidInputError(f"{where} is there twice")
-        if not _is_writable_name(spec.name):
+        if not _is_writable_name(spec.name) or (path.suffix.lower() == ".npz" and _leads_out(spec.name)):
             raise InvalidInputError(f"{where}: a {path.suffix} file cannot hold this name", hint="rename it")
         seen.add(spec.name)
 
@@ -474,6 +503,11 @@ def _is_writable_name(name: str) -> bool:
     except UnicodeEncodeError:  # a lone surrogate
         return False
     return name != _METADATA and "\0" not in name and size <= _ZIP_NAME_SIZE_MAX
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a zip's member of this name would land outside of the directory that it is taken out to."""
+    return name.startswith("/") or ".." in re.split(r"[/\\]", name)
 
 
 class _SafetensorsOutput(Output):

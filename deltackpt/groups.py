@@ -187,7 +187,7 @@ def _coded(body: Any) -> Coded:
 
 def _count(body: dict[str, Any], name: str) -> int:
     value = body.get(name, 0)
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{name} is {value!r:.80}")
     return value
 

@@ -278,11 +278,13 @@ class StoredSegment(_Sorted):
             digest.update(part)
         if digest.digest() != check.tobytes():
             raise CorruptError(f"{where}: index fails its checksum")
-        packs, sizes = [], np.empty(n_packs, np.int64)
+        packs, sizes = [], np.empty(n_packs, np.uint64)
         for i, (sid, rank, seq, pack_size) in enumerate(_PACK_ROW.iter_unpack(table)):
             packs.append(PackName(sid, rank, seq))
             sizes[i] = pack_size
-        return cls(packs, sizes, keys, checks, fill, rows_offset, where)
+        if int(sizes.max(initial=0)) >= 1 << 63:
+            raise CorruptError(f"{where}: a pack of {sizes.max()} bytes")
+        return cls(packs, sizes.astype(np.int64), keys, checks, fill, rows_offset, where)
 
     def rows_at(self, at: npt.NDArray[np.int64]) -> Rows:
         """Read some rows, and check the blocks that they stand in: 10 us for one, 1 us for one of many."""

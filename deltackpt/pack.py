@@ -59,7 +59,7 @@ class PackName:
         except (ValueError, IndexError):
             return None
         fits = len(name.sid) == 16 and max(name.rank, name.seq) < 1 << 32
-        return name if fits and name.key == f"packs/{stem}" else None
+        return name if fits and name.key == key else None
 
 
 class Record(NamedTuple):

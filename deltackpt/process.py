@@ -55,7 +55,7 @@ def _start(pid: int) -> int | None:
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(errors="replace").strip()  # a command may be called anything
     except OSError:
         return ""
 

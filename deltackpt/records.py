@@ -10,6 +10,7 @@ file is the decision, created once: a `Commit`, or the `Fence` of a writer that 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -258,17 +259,18 @@ def decision_from_bytes(data: bytes, slot: Slot) -> Commit | Fence:
         if body["kind"] != "commit":
             raise ValueError(f"kind is {body['kind']!r}")
         parent, metrics, metadata = body["parent"], body["metrics"], body["metadata"]
+        created_s = body["created_s"]
         if not (parent is None or type(parent) is int) or not isinstance(metrics, dict):
             raise ValueError("parent or metrics are of the wrong type")
-        if not isinstance(metadata, dict) or not all(map(_is_number, metrics.values())):
-            raise ValueError("metadata or a metric is of the wrong type")
+        if not isinstance(metadata, dict) or not all(map(_is_number, [created_s, *metrics.values()])):
+            raise ValueError("metadata, a metric or the time is of the wrong type")
         figures = _figures(body["figures"])
         return Commit(
             slot,
             sid,
             _hex(body["manifest"], 32),
             parent,
-            float(body["created_s"]),
+            float(created_s),
             metrics,
             metadata,
             figures,
@@ -279,7 +281,8 @@ def decision_from_bytes(data: bytes, slot: Slot) -> Commit | Fence:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    # JSON has 1e999, and integers that no float is as large as.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _figures(body: Any) -> Figures:

@@ -66,7 +66,7 @@ class Store:
         descriptor = self.read_descriptor()
         self.descriptor_bytes, body = descriptor
         self.uuid = uuid.UUID(body["uuid"]).bytes
-        self.chunker = Chunker.from_json(body["chunker"])
+        self.chunker = Chunker.from_json(body.get("chunker"))
         self.depth_max: int = body["depth_max"]
         self.refs = Refs(backend)
         self.rates = Rates()

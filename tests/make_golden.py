@@ -13,7 +13,7 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,14 +27,19 @@ from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
 from deltackpt.chunking import Chunker
 from deltackpt.differences import RSUB
+from deltackpt.energy import Energy
 from deltackpt.format import MANIFEST_HEADER, VERSION, seal
-from deltackpt.records import Fence, Slot
+from deltackpt.groups import Coded, GroupCost
+from deltackpt.pack import PackName
+from deltackpt.records import GC_RUN, Fence, Figures, GcRecord, Origin, SessionName, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, DIRS, Store
 from deltackpt.types import DTYPE_SIZES
 
 GOLDEN = Path(__file__).parent / "golden"
+#: Of all that is in golden stores, as ``sha256sum --check`` reads them; lines are added.
+SUMS = GOLDEN / "SHA256SUMS"
 #: Small chunks, so that a small store has lists, and lists of lists.
 CHUNKER = Chunker(min_size=256, avg_size=1024, max_size=4096)
 
@@ -250,6 +255,7 @@ def reproducible() -> Iterator[None]:
         stack.enter_context(mock.patch("secrets.token_bytes", side_effect=sids))
         stack.enter_context(mock.patch("time.time", return_value=1767225600.0))
         stack.enter_context(mock.patch("time.perf_counter", return_value=0.0))
+        stack.enter_context(mock.patch.object(Energy, "of", return_value=Energy()))
         yield
 
 
@@ -334,6 +340,56 @@ def write_delta(store: Store, *, with_torch: bool = True) -> None:
         gc.collect(store)
 
 
+def midway_state(step: int) -> dict[str, Any]:
+    """Weights of which some move, and rows enough for an index of several blocks."""
+    w = weights(20_000, 31)
+    w = w.copy() if step > 1 else w
+    if step > 1:
+        w[7 * step : 9 * step] = weights(2 * step, step)
+    return {"w": w, "step": step}
+
+
+def write_midway(store: Store, *, with_torch: bool = True) -> None:
+    """Leave a store in the middle of it: writers at work and dead, a cycle not swept, an index lost."""
+    with reproducible():
+        run = Run(store, "main")
+        for step in (1, 2, 3):
+            run.save(midway_state(step), step=step)
+        with mock.patch.object(gc, "N_FILES_MAX", 1):  # one index file of all
+            gc.collect(store)
+        run.save(midway_state(4), step=4)
+        packs = set(store.backend.names("packs/"))
+        commit = run.commit(4)
+        cost = GroupCost("weights", "float32", 80_000, 75, 4096, {"planes": Coded(3, 4096, 3000)})
+        energy = Energy(1.75, "measured: rapl package", {"rapl package": 1.5, "cpu seconds": 0.25})
+        told = Figures(80_000, 4096, 5000, 1, 75, 3, {"save": 0.5}, [cost], energy)
+        store.refs.decide(
+            replace(commit, slot=Slot("main", 4, 2), figures=told, origin=Origin("elsewhere", 4))
+        )
+        store.refs.forget([Slot("main", 4, 1)])
+        # A pack that only its own footer knows.
+        index = set(store.backend.names("index/"))
+        run.save(midway_state(5), step=5)
+        for name in set(store.backend.names("index/")) - index:
+            store.backend.delete(name)
+        run.save(midway_state(6), step=6)
+        run.forget([6])
+        condemned = {PackName.from_key(name) for name in set(store.backend.names("packs/")) - packs}
+        names = frozenset(name for name in condemned if name and run.commit(5).sid != name.sid)
+        n_cycles = store.gc_state()[0]
+        record = GcRecord("condemn", n_cycles, names, 7, len(packs) + 2)
+        store.backend.create_once(record.key, record.to_bytes())
+        store.refs.decide(Fence(Slot(GC_RUN, n_cycles, 1), bytes(16)))
+        who = {"host": "elsewhere", "boot": "b", "pid_ns": "pid:[1]", "pid": 7, "start": 7}
+        for sid, body in ((b"w" * 16, seal(who)), (b"t" * 16, seal(who)[:20])):
+            name = SessionName(sid, n_cycles, Slot("main", 9 + (body != seal(who)), 1))
+            store.backend.create_once(name.key, body)
+        store.backend.create_once("quarantine/" + "5a" * 32, b"")
+        store.backend.create_once(f"manifests/{(b't' * 16).hex()}.man", b"cut short")
+        store.backend.create_once(f"tmp/{(b't' * 16).hex()}-0-0.pack.00c0ffee", b"DCPK")
+    store.backend.barrier()
+
+
 def describe(store: Store) -> dict[str, Any]:
     """Tell every step's structure and tensors, with the SHA-256 of their bytes and of the manifest's JSON."""
     told: dict[str, Any] = {}
@@ -365,17 +421,33 @@ def describe(store: Store) -> dict[str, Any]:
     return told
 
 
-STORES = {"v1": write, "v1-types": write_types, "v1-runs": write_runs, "v1-delta": write_delta}
+STORES = {
+    "v1": write,
+    "v1-types": write_types,
+    "v1-runs": write_runs,
+    "v1-delta": write_delta,
+    "v1-midway": write_midway,
+}
+
+
+def sums(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a golden store, by its path under tests/golden."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(GOLDEN).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 def make(name: str) -> None:
-    """Make one golden store, whole or not at all."""
+    """Make one golden store, whole or not at all, and note its sums."""
     target = GOLDEN / name
     try:
         store = make_store(LocalBackend(target / "store"))
         STORES[name](store)
         expected = json.dumps(describe(store), indent=1, sort_keys=True)
         (target / "expected.json").write_text(expected + "\n")
+        with SUMS.open("a") as noted:
+            noted.writelines(f"{digest}  {path}\n" for path, digest in sums(target).items())
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise

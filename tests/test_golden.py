@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import shutil
 import struct
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from deltackpt import codecs, gc
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError, InvalidInputError
-from deltackpt.records import Commit, Fence, Origin, Slot
+from deltackpt.format import INDEX_BLOCK_ROWS
+from deltackpt.records import GC_RUN, Commit, Fence, Figures, Origin, Slot
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DIRS, Store
@@ -90,6 +94,108 @@ def test_v1_loads_torch_tensors():
 
 def test_every_golden_store_has_its_writer():
     assert sorted(make_golden.STORES) == VERSIONS
+
+
+def test_no_golden_store_was_changed():
+    noted = dict(line.split("  ")[::-1] for line in make_golden.SUMS.read_text().splitlines())
+    found = {
+        path: digest for version in VERSIONS for path, digest in make_golden.sums(GOLDEN / version).items()
+    }
+    assert found == noted, "golden stores are added to, never changed: see tests/golden/README.md"
+
+
+#: What a store's names say that it holds, as docs/format.md lists them.
+KINDS = {
+    "the descriptor": r"deltackpt\.json",
+    "a pack": r"packs/\w{32}-\d+-\d+\.pack",
+    "an index": r"index/\w{32}\.idx",
+    "a manifest": r"manifests/\w{32}\.man",
+    "a session": r"sessions/\w{32}\.\d+\.\d+\.\d+\.\w+",
+    "a decision": r"refs/\w+/\d+\.\d+",
+    "a decision of gc's": r"refs/~gc/\d+\.\d+",
+    "a tombstone": r"refs/\w+/\d+\.\d+\.gone",
+    "a pin": r"refs/\w+/\d+\.pin-\d*[13579]",
+    "the end of a pin": r"refs/\w+/\d+\.pin-\d*[02468]",
+    "what is condemned": r"gc/condemn-\d+",
+    "what is swept": r"gc/sweep-\d+",
+    "a chunk in quarantine": r"quarantine/\w{64}",
+    "a file not published": r"tmp/.+",
+}
+
+
+def test_every_kind_of_file_of_the_format_is_in_some_golden_store():
+    names = [
+        path.relative_to(GOLDEN / version / "store").as_posix()
+        for version in VERSIONS
+        for path in (GOLDEN / version / "store").rglob("*")
+        if path.is_file()
+    ]
+    for what, pattern in KINDS.items():
+        assert any(re.fullmatch(pattern, name) for name in names), what
+    assert all(any(re.fullmatch(pattern, name) for pattern in KINDS.values()) for name in names)
+    table = (Path(__file__).parents[1] / "docs/format.md").read_text().partition("| name | content |")[2]
+    told = re.findall(r"^\| `(\S+?)` \|", table.partition("\n\n")[0], re.M)
+    assert len(told) == 11, (
+        "format.md tells of another kind of file: put it into KINDS, and into a golden store"
+    )
+
+
+def test_every_member_of_a_decision_and_every_codec_is_in_some_golden_store():
+    commits, codecs_seen, depths, levels = [], set(), set(), set()
+    for version in VERSIONS:
+        store, expected = opened(version)
+        commits += [commit for run in store.refs.runs() for commit in store.refs.commits(run)]
+        for segment in store.refresh(complete=True).segments:
+            codecs_seen |= set(segment.rows["codec"].tolist())
+            depths |= set(segment.rows["depth"].tolist())
+        levels |= {
+            t["level"] for run in expected.values() for step in run.values() for t in step["tensors"].values()
+        }
+    assert codecs_seen == set(codecs.NAMES)
+    assert max(depths) > 1
+    assert levels >= {0, 1, 2}  # of level 3 are tensors of 256 GiB, or of a million chunks
+    members = [*(field.name for field in fields(Commit)), *(f"figures.{f.name}" for f in fields(Figures))]
+    for member in members:
+        assert any(operator.attrgetter(member)(commit) for commit in commits), member
+    groups = [group for commit in commits for group in commit.figures.groups]
+    assert any(group.codecs and group.based_size for group in groups)
+    assert any(len(commit.figures.energy.parts) > 1 for commit in commits if commit.figures.energy)
+
+
+def test_v1_midway_holds_what_its_readme_says():
+    store, _ = opened("v1-midway")
+    index = store.refresh(complete=True)
+    assert len(index.unlisted) == 1
+    assert (
+        max(len(store.read_segment(name).rows) for name in store.backend.names("index/")) > INDEX_BLOCK_ROWS
+    )
+    assert max(len(store.read_segment(name).packs) for name in store.backend.names("index/")) > 1
+    assert store.gc_state()[0] == 1
+    assert not store.backend.exists("gc/sweep-0")
+    assert isinstance(store.refs.decision(Slot(GC_RUN, 0, 1)), Fence)
+    assert [name.slot.step for name in store.sessions()] == [10, 9]
+    assert Run(store, "main").steps() == [1, 2, 3, 4, 5]
+    assert Run(store, "main").commit(4).origin == Origin("elsewhere", 4)
+    size = sum(path.stat().st_size for path in (GOLDEN / "v1-midway").rglob("*") if path.is_file())
+    assert size < 150_000
+
+
+def test_v1_midway_goes_on_from_there(tmp_path: Path):
+    shutil.copytree(GOLDEN / "v1-midway" / "store", tmp_path / "store")
+    backend = LocalBackend(tmp_path / "store")
+    backend.make_dirs(DIRS)
+    waiting = gc.collect(Store(backend))
+    assert [who.partition(" (")[0] for who in waiting.waiting_for] == ["run main step 9"]
+    done = gc.collect(Store(backend), patience_s=0)
+    assert [done.n_deleted > 0, len(done.waiting_for)] == [True, 0]
+    assert backend.exists("gc/sweep-0")
+    assert backend.names("sessions/") == backend.names("tmp/") == []
+    store = Store(backend)
+    assert not store.refresh(complete=True).unlisted
+    for step in (1, 2, 3, 5):
+        assert picture(Run(store, "main").load(step)) == picture(make_golden.midway_state(step))
+    Run(store, "main").save(make_golden.midway_state(7), step=11)
+    assert verify(store, level="decode").clean
 
 
 def test_v1_delta_holds_what_its_readme_says():

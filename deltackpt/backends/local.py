@@ -37,7 +37,8 @@ from deltackpt.backends import (
 from deltackpt.backends.osshim import Os
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError, StorageError
 
-_READ = os.O_RDONLY | os.O_NOFOLLOW
+# Not to wait: a pipe in the place of an object has nobody at its other end.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
@@ -56,8 +57,9 @@ _N_SWEPT_MAX = 7
 #: Characters of an object's name in that of its file in tmp/, for whoever lists it.
 _N_TMP_CHARS = 48
 
-#: What a look-up says where there is no object; a symbolic link, which is never followed, says ELOOP.
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+#: What a look-up says where there is no object; a symbolic link, which is never followed, says ELOOP, a
+#: socket ENXIO.
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space, or run gc",
@@ -98,6 +100,10 @@ class LocalBackend(Backend):
     A directory below a top-level one (``refs/main/``) is made on demand. The top-level ones are not, so a
     store whose file system was unmounted is an error and not a new store under the mount point.
 
+    Symbolic links are followed down to the store, and not inside it: where an object should be there is none,
+    in the place of a directory one is an error. A directory is looked at when it is first used; whoever may
+    write to the store can put a link in its place afterwards.
+
     Examples
     --------
     >>> import tempfile
@@ -124,6 +130,7 @@ class LocalBackend(Backend):
         self._dirty: set[Path] = set()
         self._fresh: set[Path] = set()
         self._durable = {self._root, *self._root.parents}
+        self._plain_dirs = {""}  # those inside the store that were found to be no links
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -139,6 +146,7 @@ class LocalBackend(Backend):
             for part in filter(None, name.split("/")):
                 path /= part
                 self._mkdir(path)
+            self._check_dirs(name)
             with self._lock:
                 self._note_dir(path)
 
@@ -268,7 +276,25 @@ class LocalBackend(Backend):
         return f"{self.url}/{name}"
 
     def _path(self, name: str) -> str:
-        return f"{self.url}/{check_name(name)}"
+        self._check_dirs(check_name(name).rpartition("/")[0])
+        return f"{self.url}/{name}"
+
+    def _check_dirs(self, directory: str) -> None:
+        """Refuse a directory of the store that is, or lies below, a symbolic link."""
+        if directory in self._plain_dirs:
+            return
+        self._check_dirs(directory.rpartition("/")[0])
+        path = f"{self.url}/{directory}"
+        try:
+            mode = self._os.lstat(path).st_mode
+        except OSError:
+            return  # what is to be done there says what is wrong
+        if stat.S_ISLNK(mode):
+            raise StorageError(
+                f"{path}: is a symbolic link, expected a directory",
+                hint="put the directory itself there; the whole store may lie behind a link",
+            )
+        self._plain_dirs.add(directory)
 
     def _is_dir(self, path: Path) -> bool:
         try:
@@ -287,6 +313,7 @@ class LocalBackend(Backend):
     def _names(self, prefix: str, kind: int) -> builtins.list[str]:
         """Sorted last parts of what is directly under a prefix; what has no legal name is not ours."""
         path = f"{self.url}/{check_prefix(prefix)}"
+        self._check_dirs(prefix[:-1])
         try:
             with _translated(path, "list", may_be_absent=True):
                 found = self._os.scandir(path)
@@ -328,6 +355,7 @@ class LocalBackend(Backend):
             return writer.commit()
 
     def _open_tmp(self, label: str) -> tuple[str, int]:
+        self._check_dirs("tmp")
         while True:
             path = f"{self.url}/tmp/{label[:_N_TMP_CHARS]}.{secrets.token_hex(4)}"
             with suppress(FileExistsError):

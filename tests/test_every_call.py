@@ -37,7 +37,7 @@ from disk import DIRECTORY, Disk
 
 SEED = int(os.environ.get("FAULT_SEED") or random.SystemRandom().randrange(1 << 32))
 #: Of so many saves that failed one is followed by another of the same process; FAULT_STRIDE=1: every one.
-STRIDE = int(os.environ.get("FAULT_STRIDE") or 4)
+STRIDE = int(os.environ.get("FAULT_STRIDE") or 12)
 N_PARTS_MAX = 4
 
 WRITES = {"writev", "link", "unlink", "mkdir", "fsync", "close", "open"}
@@ -199,11 +199,11 @@ def numbered(patched):
 ROOT = "/store"
 
 
-def disk_of(files):
-    """A disk with these files of a store, and the directories of one if there are any."""
-    names = [path for name in files for path in Path(f"{ROOT}/{name}").parents]
-    dirs = {str(path) for path in names} | ({f"{ROOT}/{name}" for name in DIRS} if files else set())
-    return Faulty({f"{ROOT}/{name}": data for name, data in files.items()}, sorted(dirs - {"/"} | {ROOT}))
+def disk_of(objects):
+    """A disk with these objects of a store, and the directories of one if there are any."""
+    files = {f"{ROOT}/{name}": data for name, data in objects.items()}
+    above = {str(path) for name in files for path in Path(name).parents[:-1]}
+    return Faulty(files, sorted(above | {ROOT} | {f"{ROOT}/{name}" for name in DIRS if files}))
 
 
 def copy_of(disk):
@@ -250,11 +250,12 @@ def tried(job):
         parts = list(parts_of(made(name, patched)))
         if part < len(parts):
             one, calls = parts[part]
+            before = disk_of(one.objects)
             for (nth, call), fault in itertools.product(enumerate(calls), FAULTS):
                 if not fault.meets(call):
                     continue
                 try:
-                    trial.one(one, nth, fault, goes_on=(seed + tally.n_points) % stride == 0)
+                    trial.one(one, before, nth, fault, goes_on=(seed + tally.n_points) % stride == 0)
                 except Exception as e:
                     where = traceback.extract_tb(e.__traceback__)[-1]
                     what = f"call {nth} of {len(calls)}, {call}: {fault}"
@@ -278,8 +279,8 @@ class Trial:
 
         patched.setattr(Run, "__init__", noted)
 
-    def one(self, a_scene, nth, fault, *, goes_on):
-        disk = disk_of(a_scene.objects)
+    def one(self, a_scene, before, nth, fault, *, goes_on):
+        disk = copy_of(before)
         disk.nth, disk.fault = nth, fault
         backend = LocalBackend(ROOT, calls=disk)
         error = None

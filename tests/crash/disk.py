@@ -73,6 +73,7 @@ class Disk(Os):
     def __init__(self, files: Mapping[str, bytes] | None = None, dirs: Iterable[str] = ()):
         self.changes: list[Change] = []
         self.hook = lambda call, *args: None
+        self.write_size_max: int | None = None  # of one writev: it may move fewer bytes than it was given
         self._names: dict[str, int] = dict.fromkeys(["", *dirs], DIRECTORY)
         self._under: dict[str, set[str]] = {path: set() for path in self._names}
         self._files: list[File] = []
@@ -106,6 +107,7 @@ class Disk(Os):
 
     def open(self, path, flags, mode=0o666):
         with self._call("open", path, flags):
+            path = path.rstrip("/")
             at = self._names.get(path)
             if flags & os.O_CREAT:
                 if at is not None:
@@ -123,7 +125,7 @@ class Disk(Os):
 
     def writev(self, fd, views):
         with self._call("writev", fd, views):
-            data = b"".join(views)
+            data = b"".join(views)[: self.write_size_max]
             at = self._open[fd]
             self._files[at].append(data)
             self._files[at].written_ns = self._clock_ns
@@ -205,7 +207,7 @@ class Disk(Os):
 
     def lstat(self, path):
         with self._call("lstat", path):
-            path = path.removesuffix("/.")
+            path = path.removesuffix("/.").rstrip("/")
             at = self._names.get(path)
             if at is None:
                 raise _error(errno.ENOENT)
@@ -312,10 +314,10 @@ class Tree(NamedTuple):
 TEARS = {
     "whole": lambda file, rng: file.data,
     "gone": lambda file, rng: _durable(file),
-    "last write zeros": lambda file, rng: _durable(file)
-    + b"".join(file.writes[file.n_flushed : -1])
-    + bytes(len(file.writes[-1])),
-    "cut": lambda file, rng: file.data[: rng.randint(len(_durable(file)), max(0, len(file.data) - 1))],
+    "last write zeros": lambda file, rng: (
+        _durable(file) + b"".join(file.writes[file.n_flushed : -1]) + bytes(len(file.writes[-1]))
+    ),
+    "cut": lambda file, rng: file.data[: max(len(_durable(file)), int(rng.random() * len(file.data)))],
 }
 
 

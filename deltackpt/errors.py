@@ -6,6 +6,7 @@ Never  decides when to raise one.
 
 from __future__ import annotations
 
+from errno import EDQUOT, ENOSPC
 from functools import partial
 from typing import Any
 
@@ -90,6 +91,11 @@ class StorageError(DeltackptError, OSError):
     def __init__(self, message: str, *, hint: str | None = None, errno: int | None = None) -> None:
         super().__init__(message, hint=hint)
         self.errno = errno
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there was no room left, on the disk or in a quota."""
+        return self.errno in (ENOSPC, EDQUOT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What an `OSError` says of itself when it is pickled leaves the number out."""

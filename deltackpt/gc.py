@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ log = logging.getLogger("deltackpt")
 PATIENCE_S = 3600.0
 #: Packs are rewritten until no more than this share of the bytes in use is waste.
 WASTE_MAX = 0.10
+#: Packs condemned at a time on a full disk: their two records fit into what is kept back for that.
+_N_DEAD_TIGHT = 128
 #: What a backend writes before it has its name; the session is in it unless it is a decision or a gc record.
 _TEMPORARY = re.compile(r"tmp/(?:(?:([0-9a-f]{32}).*|.+)\.|probe-)[0-9a-f]{8}")
 
@@ -165,7 +167,10 @@ def collect(
     0
     """
     store = open_store(where)
-    return _Gc(store, GcResult(dry_run), force=force, patience_s=patience_s).run()
+    try:
+        return store.freeing(_Gc(store, GcResult(dry_run), force=force, patience_s=patience_s).run)
+    finally:
+        store.backend.close()
 
 
 class _OvertakenError(Exception):
@@ -182,12 +187,15 @@ class _Gc:
         self._force = force
         self._patience_s = patience_s
         self._live: set[PackName] = set()
+        #: The disk is full: what is dead goes before anything is written.
+        self._is_tight = False
 
-    def run(self) -> GcResult:
+    def run(self, is_tight: bool) -> GcResult:
+        self._is_tight = is_tight
         if self._result.dry_run:
             seen = self._look()
             self._result.n_rebased = len(rebase.plan(seen.links()).whole)
-            self._measure(seen)
+            self._count(self._measure(seen))
             return self._result
         self._store.prepare_to_write()
         self._reap()
@@ -195,6 +203,7 @@ class _Gc:
         while self._goes_on():
             pass
         self._tidy()
+        self._backend.keep_reserve()
         return self._result
 
     def _goes_on(self) -> bool:
@@ -206,9 +215,11 @@ class _Gc:
             cycle = self._begin()
         except _OvertakenError:
             return True
-        if cycle is not None:
-            self._finish(cycle)
-        return False
+        if cycle is None:
+            return False
+        freed_size = self._result.freed_size
+        is_over = self._finish(cycle)
+        return is_over and self._is_tight and self._result.freed_size > freed_size
 
     def _finish(self, cycle: int) -> bool:
         """Sweep and delete what a cycle condemned; False while it waits for a session."""
@@ -234,10 +245,12 @@ class _Gc:
         """Plan, rewrite, and condemn what is dead then; return the cycle, None if there is nothing to do."""
         seen = self._settled()
         try:
-            if whole := rebase.plan(seen.links()).whole:
+            if not self._is_tight and (whole := rebase.plan(seen.links()).whole):
                 self._rebase(seen, whole)
                 seen = self._settled()
             chosen = self._measure(seen)
+            if self._is_tight:
+                chosen = self._least(chosen, seen)
             if not (chosen.dead or chosen.repack):
                 return None
             victims = frozenset(chosen.repack)
@@ -247,6 +260,17 @@ class _Gc:
             if set(seen.packs) <= {PackName.from_key(key) for key in self._backend.names("packs/")}:
                 raise
             raise _OvertakenError from e  # moved and deleted meanwhile
+        except StorageError as e:
+            if not e.is_full:
+                raise
+            if not self._is_tight:
+                self._is_tight = True
+                raise _OvertakenError from e  # from now on in steps that need the least room
+            if not self._result.freed_size:
+                raise
+            log.warning("%s; what is half in use stays as it is", e.message)
+            return None
+        self._count(chosen)
         dead = set(chosen.dead)
         if victims:
             seen = self._settled()
@@ -257,6 +281,13 @@ class _Gc:
         self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
         self._backend.barrier("gc")
         return seen.n_cycles
+
+    def _least(self, chosen: GcPlan, seen: Liveness) -> GcPlan:
+        """Return the part of a plan that needs the least room: what is dead, or else the one least in use."""
+        use = seen.use()
+        dead = sorted(chosen.dead, key=lambda name: -use[name].size)[:_N_DEAD_TIGHT]
+        repack = [] if dead else sorted(chosen.repack, key=lambda name: use[name].live_size)[:1]
+        return replace(chosen, dead=dead, repack=repack)
 
     def _settled(self) -> Liveness:
         """Look, and begin nothing on what is seen while another gc's cycle is unfinished.
@@ -293,8 +324,11 @@ class _Gc:
         self._live = {name for name in use if use[name].live_size}
         r = self._result
         r.n_packs, r.live_size, r.dead_size = len(seen.packs), chosen.live_size, chosen.dead_size
-        r.n_dead, r.n_repacked = len(chosen.dead), len(chosen.repack)
         return chosen
+
+    def _count(self, chosen: GcPlan) -> None:
+        self._result.n_dead += len(chosen.dead)
+        self._result.n_repacked += len(chosen.repack)
 
     def _forget_superseded(self) -> None:
         """Forget attempts that a newer one replaced, where the writer died before doing so."""
@@ -349,12 +383,14 @@ class _Gc:
 
     def _drain(self, cycle: int) -> bool:
         """Return whether every session that may not know of the cycle has ended."""
+        waiting_for = []
         for name in self._reap():
             if name.epoch <= cycle:
                 slot = name.slot
                 what = "gc" if slot.run == GC_RUN else f"run {slot.run} step {slot.step}"
-                self._result.waiting_for.append(f"{what} ({self._who(name)})")
-        return not self._result.waiting_for
+                waiting_for.append(f"{what} ({self._who(name)})")
+        self._result.waiting_for = waiting_for
+        return not waiting_for
 
     def _reap(self) -> list[SessionName]:
         """End the sessions that cannot commit any more, fencing those of the dead; return the others."""
@@ -392,12 +428,26 @@ class _Gc:
         if not self._backend.exists(name.key):
             return
         try:
+            self._decide(name)
+        except StorageError as e:
+            if not e.is_full:
+                raise
+            # What it was writing makes room for the fence.  If it lives after all it finds its file gone, and
+            # publishes nothing.
+            for key in self._backend.names("tmp/"):
+                if key.startswith(f"tmp/{name.sid.hex()}"):
+                    self._delete(key)
+            self._decide(name)
+        self._end(name)
+
+    def _decide(self, name: SessionName) -> None:
+        """Create the fence in a session's slot, unless that is decided."""
+        try:
             self._store.refs.decide(Fence(name.slot, name.sid))
         except ConflictError:
             pass  # decided meanwhile, either way
         else:
             self._result.fenced.append(f"run {name.slot.run} step {name.slot.step}")
-        self._end(name)
 
     def _end(self, name: SessionName) -> None:
         self._backend.delete(name.key)
@@ -440,7 +490,12 @@ class _Gc:
             owner = _TEMPORARY.fullmatch(key)
             if owner and (owner[1] not in open_sids if owner[1] else not open_sids):
                 self._delete(key)
-        self._merge_index()
+        try:
+            self._merge_index()
+        except StorageError as e:
+            if not e.is_full:
+                raise
+            log.warning("%s; index files stay as they are", e.message)
 
     def _merge_index(self) -> None:
         """Merge index files when there are many, some name deleted packs, or packs in use are in none."""

@@ -121,14 +121,17 @@ class Run:
             # It is logged; what ends the block says more.
 
     def close(self) -> None:
-        """Wait for the save under way, and forget what is remembered of the last snapshot.
+        """Wait for the save under way; let go of what is remembered of the last snapshot, and of open files.
 
         Raises
         ------
         DeltackptError
             What made that save fail, if nobody was told yet.
         """
-        self._turns.close()
+        try:
+            self._turns.close()
+        finally:
+            self.store.backend.close()
 
     # -- steps
 
@@ -245,7 +248,9 @@ class Run:
             refs.check_unpinned(self.name, step)
         if not dry_run:
             self.store.prepare_to_write()
-            refs.forget(slot for slot in slots if slot.step in wanted)
+            goes = [slot for slot in slots if slot.step in wanted]
+            # Of the reserve a part is left for gc, which is what frees.
+            self.store.freeing(lambda _: refs.forget(goes), share=0.75)
         return Retention.of(self.name, there, dict.fromkeys(there - wanted, "not named"), "named")
 
     # -- which steps stay

@@ -117,6 +117,10 @@ class Saver:
         except (CorruptError, NotFoundError) as e:
             # A damaged step must not keep the next one from being saved, whole if need be.
             log.warning("run %r: %s; saving without the step before", self.run, e.message)
+            if self.last_step is None and self.found_step is None:
+                # It is what this job goes on from all the same: no rule may let it go.
+                slots = self.store.refs.visible(self.store.refs.listing(self.run))
+                self.found_step = slots[-1].step if slots else None
 
     def before(self, tensors: Sequence[Tensor | Deferred]) -> Memory:
         """Return what is remembered of the step before, or of the likest step of another run."""

@@ -10,9 +10,9 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from blake3 import blake3
@@ -27,6 +27,7 @@ from deltackpt.errors import (
     DeltackptError,
     InvalidInputError,
     NotFoundError,
+    StorageError,
     UnsupportedVersionError,
 )
 from deltackpt.format import VERSION, check_features, seal, unseal
@@ -40,6 +41,7 @@ from deltackpt.refs import Refs
 from deltackpt.types import U8
 
 log = logging.getLogger("deltackpt")
+R = TypeVar("R")
 
 DESCRIPTOR = "deltackpt.json"
 DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "tmp")
@@ -120,6 +122,27 @@ class Store:
             # A copy made by a tool that drops empty directories lacks some.
             self.backend.make_dirs(sorted(set(DIRS) - there))
             self._is_prepared = True
+
+    def freeing(self, do: Callable[[bool], R], share: float = 1.0) -> R:
+        """Do what leads to space being freed; if the disk is full, again, with the reserve to write into.
+
+        Parameters
+        ----------
+        do : callable
+            Takes up what was begun, if it is called again; then it is given True.
+        share : float
+            Of the reserve.
+        """
+        try:
+            return do(False)
+        except StorageError as e:
+            if not e.is_full or not self.backend.spend_reserve(share):
+                raise
+            log.info("%s; going on with what was kept back for this", e.message)
+        try:
+            return do(True)
+        finally:
+            self.backend.keep_reserve()
 
     # -- what is where
 
@@ -484,3 +507,4 @@ def _create(backend: Backend) -> None:
     # After the barrier: whoever finds a descriptor may rely on the directories.
     backend.create_once(DESCRIPTOR, seal(body))
     backend.barrier()
+    backend.keep_reserve()

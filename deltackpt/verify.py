@@ -129,7 +129,11 @@ def verify(where: Where, *, level: Level = "references") -> VerifyReport:
     if level not in LEVELS:
         raise InvalidInputError(f"level: found {level!r}, expected one of {LEVELS}")
     # A store of its own: what was read before proves nothing about the bytes there now.
-    return _Verifier(Store(open_store(where).backend), VerifyReport(level)).run()
+    store = Store(open_store(where).backend)
+    try:
+        return _Verifier(store, VerifyReport(level)).run()
+    finally:
+        store.backend.close()  # a pack held open takes its space after gc has deleted it
 
 
 class _Verifier:

@@ -110,6 +110,7 @@ def many(*acts):
         for one in acts:
             one(backend)
 
+    act.acts = acts
     return act
 
 
@@ -237,7 +238,7 @@ def made(name, monkeypatch):
     return made
 
 
-def check_usable(a_scene, backend, found):
+def check_usable(a_scene, backend, found, collect=collect):
     """The next save and the next gc work, and leave no step worse and nothing dead behind."""
     opened(backend).save(state(9), step=9)
     expected = found | {9: state(9)}

@@ -208,6 +208,16 @@ class Backend(ABC):
     def close(self) -> None:
         """Let go of what is held open."""
 
+    def keep_reserve(self) -> None:  # noqa: B027 - most storage is not full to the last byte
+        """Keep a little space back, if there is none yet, for what leads to more of it being freed.
+
+        Where storage may run full; it is no object, and that there is no room for it is no error.
+        """
+
+    def spend_reserve(self, share: float = 1.0) -> bool:
+        """Give back the space that is kept, or a share of it; False if there is no so much."""
+        return False
+
     def probe(self) -> None:
         """Try what a store relies on: of several writers of one name one wins, and a flush works.
 

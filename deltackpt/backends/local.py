@@ -57,6 +57,12 @@ _N_SWEPT_MAX = 7
 #: Characters of an object's name in that of its file in tmp/, for whoever lists it.
 _N_TMP_CHARS = 48
 
+#: Space kept for a forget and a gc on a full disk, or as much as there is room for.  Most records of theirs
+#: take a block of the file system, 4 KiB.
+_RESERVE_SIZE, _RESERVE_SIZE_MIN = 128 << 10, 8 << 10
+#: Its name is that of no object: nobody lists it.
+_RESERVE = ".reserve"
+
 #: What a look-up says where there is no object; a symbolic link, which is never followed, says ELOOP, a
 #: socket ENXIO.
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO})
@@ -167,6 +173,7 @@ class LocalBackend(Backend):
 
     def create(self, name: str) -> Writer:
         """See `Backend.create`."""
+        self._handles.drop_deleted()
         return _LocalWriter(self, self._os, check_name(name), flush=True)
 
     def barrier(self, *directories: str) -> None:
@@ -198,6 +205,46 @@ class LocalBackend(Backend):
         with suppress(NotFoundError), _translated(self._where(name), "delete", may_be_absent=True):
             self._os.unlink(path)
         self._handles.drop(path)
+
+    def keep_reserve(self) -> None:
+        """See `Backend.keep_reserve`."""
+        size = _RESERVE_SIZE
+        with suppress(OSError):
+            if self._os.lstat(f"{self.url}/{_RESERVE}").st_size >= size:
+                return
+        # It is not there, was cut short, or is of a time when there was less room.
+        while size >= _RESERVE_SIZE_MIN and not self._reserve(size):
+            size //= 2
+
+    def _reserve(self, size: int) -> bool:
+        """Have the reserve take so much space; False if there is not as much."""
+        path = f"{self.url}/{_RESERVE}"
+        with suppress(OSError):
+            self._os.unlink(path)
+        done_size = 0
+        with suppress(OSError):
+            fd = self._os.open(path, _WRITE, 0o666)
+            try:
+                # Not zeros, which some file systems store as nothing.
+                views = byte_views([secrets.token_bytes(size)])
+                done_size = _move(views, lambda some, _: self._os.writev(fd, some))
+            finally:
+                self._os.close(fd)
+        return done_size == size
+
+    def spend_reserve(self, share: float = 1.0) -> bool:
+        """See `Backend.spend_reserve`."""
+        path = f"{self.url}/{_RESERVE}"
+        try:
+            left_size = int(self._os.lstat(path).st_size * (1 - share))
+            if 0 < left_size < _RESERVE_SIZE_MIN:
+                return False
+            self._os.unlink(path)
+        except OSError:
+            return False
+        if left_size:
+            self._reserve(left_size)
+        return True
 
     def close(self) -> None:
         """Close the files held open for reading; a later read opens them again."""
@@ -575,6 +622,18 @@ class _Handles:
             self._n_drops += 1
             handle = self._kept.pop(path, None)
         self._let_go([handle] if handle else [])
+
+    def drop_deleted(self) -> None:
+        """Keep no file that somebody deleted: while it is open the system does not give its space back."""
+        with self._lock:
+            paths = list(self._kept)
+        for path in paths:
+            try:
+                self._os.lstat(path)
+            except FileNotFoundError:
+                self.drop(path)
+            except OSError:
+                continue
 
     def drop_all(self) -> None:
         """Keep no file."""

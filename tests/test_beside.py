@@ -329,6 +329,12 @@ def test_the_latest_step_forgotten_while_it_is_read_gives_the_one_that_is_the_la
     assert {2} <= {found["step"] for found in outcomes} <= {2, 3}
 
 
+def test_the_latest_good_step_forgotten_while_it_is_looked_for_gives_one_that_is_good(store):
+    allowed = [read_state(2), read_state(3), {"other": noise(9, 500)}]
+    for found in at_every_read(store, latest_good, forgets_and_collects):
+        assert any(same(found, state) for state in allowed), found
+
+
 def test_lazy_arrays_of_a_forgotten_step_say_so_every_time_they_are_asked(store):
     backend = memory_of(store)
     found = opened(backend).load(3, lazy=True)

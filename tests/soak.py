@@ -4,7 +4,7 @@
 
 Rounds of half a minute, each in a store of its own.  Sixteen writers share four runs, so that four fight for
 each step; they save, overwrite, forget by name and by rule, in the foreground and the background, some from
-what looks like another host.  Two gcs with little patience, two readers, one who pins and one who forks.  At
+what looks like another host.  Two gcs with little patience; one each who reads, verifies, pins and forks.  At
 random one of them is killed and begins anew, or is suspended for longer than the patience and finds itself
 given up for dead; at random a system call fails, or a clock goes wrong by an hour or by years: the one that
 stamps the files, the one that gc reads, the one that steps are dated by.
@@ -41,7 +41,7 @@ from deltas import nearly, put
 from faults import HookedOs
 from steps import floats, noise, repeats, same
 
-from deltackpt import gc, index, last, process
+from deltackpt import every_seconds, gc, index, last, process
 from deltackpt.backends.local import LocalBackend
 from deltackpt.chunking import Chunker
 from deltackpt.errors import (
@@ -190,7 +190,7 @@ def writer(me, run_name, i):
         process._here = lambda: here
     if i % 4 < 2:
         Session.put = put  # deltas of whatever there is, in long chains
-    rule = last(4) if i % 4 == 3 else None
+    rule = [None, None, last(4), last(2) | every_seconds(5)][i % 4]
     rng, run = me.rng, None
     while True:
         if run is None or rng.random() < 0.05:
@@ -214,7 +214,7 @@ def saves(me, run, steps, *, is_again):
     options = {"step": step, "metadata": {"token": token}, "overwrite": is_again}
     me.say("save", token, run.name, step, is_again)
     if run.keep is not None:
-        me.say("rule", run.name, step)
+        me.say("rule", run.name)
 
     def save():
         if rng.random() < 0.7:
@@ -273,6 +273,17 @@ def reader(me):
             steps = run.steps()
             if steps:
                 me.load(run, me.rng.choice(steps))
+
+
+def verifier(me):
+    while True:
+        level = me.rng.choice(["references", "stored", "decode"])
+        began, found = time.monotonic(), []
+        me.may_fail(lambda level=level, found=found: found.append(verify(me.store(), level=level)))
+        for report in found:
+            if not report.clean and not was_pinning(histories(me.root), None, None, began):
+                raise ViolationError(f"verify {level}: {report.damage}")
+            me.say("verified", level)
 
 
 def pinner(me):
@@ -348,10 +359,15 @@ def histories(root):
 
 def may_be_gone(history, run, step, until=float("inf")):
     """Whether somebody meant to forget a step, or might have by a rule, which spares the latest."""
-    for t, kind, *what in history.of("forget", "rule"):
-        if t <= until and what[0] == run and (step in what[1] if kind == "forget" else step < what[1]):
+    has_rule = is_old = False
+    for t, kind, *what in history.of("forget", "rule", "save"):
+        if t > until:
+            break
+        if kind == "forget" and what[0] == run and step in what[1]:
             return True
-    return False
+        has_rule = has_rule or (kind == "rule" and what[0] == run)
+        is_old = is_old or (kind == "save" and what[1] == run and what[2] > step)
+    return has_rule and is_old
 
 
 def was_pinning(history, run, step, since):
@@ -469,6 +485,7 @@ def check_round(root):
         failed_calls=sum(why.startswith("StorageError") for why in lost),
         fences=n_fences,
         read=len(history.of("read")),
+        verified=len(history.of("verified")),
         forgot=sum(len(what[1]) for _, _, *what in history.of("forgot")),
         pinned=len(history.of("pinned")),
         forked=len(history.of("forked")),
@@ -489,7 +506,7 @@ class Conductor:
         self.rng = random.Random(seed)
         self.parts = {f"writer-{i}": (writer, f"run-{i % N_RUNS}", i // N_RUNS) for i in range(writers)}
         self.parts |= {"gc-1": (collector, PATIENCE_S), "gc-2": (collector, 2 * PATIENCE_S)}
-        self.parts |= {"reader-1": (reader,), "reader-2": (reader,), "forker": (forker,), "pinner": (pinner,)}
+        self.parts |= {"reader": (reader,), "verifier": (verifier,), "forker": (forker,), "pinner": (pinner,)}
         self.n_lives = Counter()
         self.pids = {}  # name: pid
         self.suspended = {}  # name: when it goes on

@@ -27,5 +27,5 @@ def test_nothing_is_lost_whoever_is_killed_suspended_or_told_the_wrong_time(caps
     # All of it took place: or it would prove nothing.
     for what in ("saved", "raced", "refused_as_dead", "fences", "killed", "suspended", "deleted", "gcs"):
         assert found[what] > 5, what
-    for what in ("forgot", "pinned", "forked", "failed_calls", "steps_compared", "read"):
+    for what in ("forgot", "pinned", "forked", "failed_calls", "steps_compared", "read", "verified"):
         assert found[what] > 0, what

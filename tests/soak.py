@@ -132,6 +132,8 @@ class Life(HookedOs):
             raise OSError(self.rng.choice([errno.EIO, errno.ENOSPC, errno.ESTALE]), "failed on purpose")
         if call in ("link", "unlink", "scandir") and self.rng.random() < 0.05:
             time.sleep(self.rng.uniform(0, 0.01))
+        if call == "link" and args[1].endswith(".gone") and self.rng.random() < 0.3:
+            time.sleep(self.rng.uniform(0, 0.3))  # time enough for a pin to come in between
 
     def link(self, source, target):
         if "/sessions/" in target and self.off_s:  # the record says when its writer began

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +33,7 @@ from deltackpt.format import RECORD_HEADER, unseal
 from deltackpt.index import N_FILES_MAX, Segment
 from deltackpt.liveness import Liveness, PackUse
 from deltackpt.pack import PackName, Record
-from deltackpt.records import GC_RUN, Fence, GcRecord, SessionName, Slot, index_key, sid_of
+from deltackpt.records import GC_RUN, STEP_MAX, Fence, GcRecord, SessionName, Slot, index_key, sid_of
 from deltackpt.session import Session
 from deltackpt.store import Store, Where, open_store
 from deltackpt.types import U8
@@ -340,11 +342,24 @@ class _Gc:
 
     # -- rewriting
 
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """Open an ordinary session that commits no step; another gc may give it up for dead like any other.
+
+        In a slot of its own: one that two share, or that was fenced in an earlier gc, ends both.
+        """
+        session = Session.for_gc(self._store, Slot(GC_RUN, secrets.randbelow(STEP_MAX), 1))
+        try:
+            with session.losing(), session:
+                yield session
+        except ConflictError as e:
+            raise _OvertakenError from e
+
     def _rebase(self, seen: Liveness, chunk_ids: list[bytes]) -> None:
         """Store deltas whole, as an ordinary session; what they needed is needed no more at the next look."""
         rows = self._store.find(as_ids(chunk_ids))
         bases = self._store.bases(rows)
-        with Session.for_gc(self._store, Slot(GC_RUN, seen.n_cycles, 1)) as session:
+        with self._session() as session:
             for i in np.lexsort((rows["offset"], rows["pack"])).tolist():
                 row, data = rows[i], np.empty(int(rows[i]["raw_size"]), np.uint8)
                 try:
@@ -362,7 +377,7 @@ class _Gc:
 
     def _repack(self, seen: Liveness, victims: frozenset[PackName]) -> None:
         """Copy what is in use in `victims` into new packs, as an ordinary session."""
-        with Session.for_gc(self._store, Slot(GC_RUN, seen.n_cycles, 1)) as session:
+        with self._session() as session:
             for name, row in seen.in_use_of(victims):
                 session.copy(*self._record(name, row))
             session.publish(None)
@@ -383,12 +398,9 @@ class _Gc:
 
     def _drain(self, cycle: int) -> bool:
         """Return whether every session that may not know of the cycle has ended."""
-        waiting_for = []
-        for name in self._reap():
-            if name.epoch <= cycle:
-                slot = name.slot
-                what = "gc" if slot.run == GC_RUN else f"run {slot.run} step {slot.step}"
-                waiting_for.append(f"{what} ({self._who(name)})")
+        waiting_for = [
+            f"{_what(name.slot)} ({self._who(name)})" for name in self._reap() if name.epoch <= cycle
+        ]
         self._result.waiting_for = waiting_for
         return not waiting_for
 
@@ -447,7 +459,7 @@ class _Gc:
         except ConflictError:
             pass  # decided meanwhile, either way
         else:
-            self._result.fenced.append(f"run {name.slot.run} step {name.slot.step}")
+            self._result.fenced.append(_what(name.slot))
 
     def _end(self, name: SessionName) -> None:
         self._backend.delete(name.key)
@@ -491,7 +503,8 @@ class _Gc:
             if owner and (owner[1] not in open_sids if owner[1] else not open_sids):
                 self._delete(key)
         try:
-            self._merge_index()
+            with suppress(_OvertakenError):
+                self._merge_index()
         except StorageError as e:
             if not e.is_full:
                 raise
@@ -519,7 +532,7 @@ class _Gc:
         if len(names) <= N_FILES_MAX and not stale:
             return
         merged = Segment.merge([*segments, *index.segments], without=gone | index.unlisted - unlisted)
-        with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
+        with self._session() as session:
             if merged.packs:
                 key = index_key(session.sid)
                 self._backend.create_once(key, merged.to_bytes(self._store.uuid, session.sid))
@@ -532,6 +545,10 @@ class _Gc:
     def _swept(self, cycle: int) -> frozenset[PackName]:
         key = f"gc/sweep-{cycle}"
         return self._store.gc_record(key).packs if self._backend.exists(key) else frozenset()
+
+
+def _what(slot: Slot) -> str:
+    return "gc" if slot.run == GC_RUN else f"run {slot.run} step {slot.step}"
 
 
 def _last_record(store: Store) -> GcRecord | None:

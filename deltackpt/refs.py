@@ -217,7 +217,7 @@ class Refs:
         slot = decision.slot
         if not self._backend.create_once(slot.key, data):
             found = self.decision(slot)
-            raise _lost(slot, found)
+            raise lost(slot, found)
         self._backend.barrier(f"refs/{slot.run}", "refs")
         self._known[slot] = decision
         return len(data)
@@ -306,7 +306,8 @@ class Refs:
                 )
 
 
-def _lost(slot: Slot, found: Commit | Fence | None) -> ConflictError:
+def lost(slot: Slot, found: Commit | Fence | None) -> ConflictError:
+    """Return the error of whoever finds his slot decided by another, or by a fence."""
     if isinstance(found, Fence):
         return ConflictError(
             f"run {slot.run!r} step {slot.step}: gc gave this save up for dead while it was running",

@@ -427,7 +427,8 @@ class Run:
         if refs.latest(name) is not None:
             raise AlreadyExistsError(f"run {name!r} has steps already", hint="choose another name")
         source = self._find(step)
-        with Session(self.store, name, source.slot.step) as session:
+        session = Session(self.store, name, source.slot.step)
+        with session.losing(), session:
             with self.reading(source):
                 data = self.store.read_manifest_bytes(source)
                 take_over(session, Manifest.from_bytes(data, source.manifest_key))

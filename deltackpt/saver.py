@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from deltackpt import kin, snapshot
 from deltackpt.efforts import Optimize
 from deltackpt.energy import Energy, moved_size
-from deltackpt.errors import ConflictError, CorruptError, DeltackptError, NotFoundError, StorageError
+from deltackpt.errors import CorruptError, DeltackptError, NotFoundError, StorageError
 from deltackpt.manifest import Manifest
 from deltackpt.memory import Memory
 from deltackpt.records import Figures
@@ -172,12 +172,8 @@ class Saver:
             # Never write on after an error: all of it again, under new names, from the source.
             log.warning("run %r step %d: %s; saving once more", self.run, what.step, e.message)
         session = self.open(what)
-        try:
+        with session.losing():
             return self._save(session, state, what, taken, allow_pickle)
-        except StorageError as e:
-            if session.deciding or not session.is_fenced():
-                raise
-            raise self.given_up(what.step) from e
 
     def _save(
         self, session: Session, state: State, what: What, taken: Taken, allow_pickle: bool
@@ -211,20 +207,9 @@ class Saver:
         taken : Taken
         """
         start = time.perf_counter()
-        try:
-            with session:
-                saved = snapshot.save_looks(session, flat, walk, memory, self.shadow, is_staged=True)
-                return self._commit(session, saved, what, taken, start)
-        except StorageError as e:
-            if session.deciding or not session.is_fenced():
-                raise
-            raise self.given_up(what.step) from e
-
-    def given_up(self, step: int) -> ConflictError:
-        """Return the error of a save that gc fenced."""
-        return ConflictError(
-            f"run {self.run!r} step {step}: gc gave this save up for dead", hint="save again"
-        )
+        with session.losing(), session:
+            saved = snapshot.save_looks(session, flat, walk, memory, self.shadow, is_staged=True)
+            return self._commit(session, saved, what, taken, start)
 
     def _commit(self, session: Session, saved: Saved, what: What, taken: Taken, start: float) -> SaveReport:
         """Publish and decide, and remember what was saved."""

@@ -17,8 +17,9 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import TracebackType
@@ -47,7 +48,8 @@ from deltackpt.pace import Job, Pace
 from deltackpt.pack import PackName, Payload, Record
 from deltackpt.packer import Packer
 from deltackpt.rates import Sort, Took
-from deltackpt.records import Commit, Fence, Figures, Origin, SessionName, Slot, index_key, manifest_key
+from deltackpt.records import Commit, Figures, Origin, SessionName, Slot, index_key, manifest_key
+from deltackpt.refs import lost
 from deltackpt.scratch import Scratch
 from deltackpt.store import Store
 from deltackpt.types import U8
@@ -505,10 +507,24 @@ class Session:
         self.name = None  # type: ignore[assignment]
         return part
 
-    def is_fenced(self) -> bool:
-        """Return whether gc gave this session up for dead: then its files may go while it writes them."""
-        decision = self.store.refs.decision(self.slot)
-        return isinstance(decision, Fence) and decision.sid == self.sid
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """Tell a failure of the storage from a lost slot: then gc takes the files while they are written.
+
+        Raises
+        ------
+        ConflictError
+            In place of a `StorageError`, if the slot is another's, or fenced.
+        """
+        try:
+            yield
+        except StorageError as e:
+            decision = None
+            with suppress(DeltackptError):
+                decision = self.store.refs.decision(self.slot)
+            if decision is None or (isinstance(decision, Commit) and decision.sid == self.sid):
+                raise
+            raise lost(self.slot, decision) from e
 
     def finish(self) -> None:
         """End gc's own session after `publish`; its packs hold only copies, so nothing is to be decided."""

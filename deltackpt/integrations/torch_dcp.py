@@ -213,7 +213,8 @@ class DeltaStorageWriter(StorageWriter):
         everything = [rank[0].storage_data for rank in results if rank]
         assert self.step is not None
         what = What(self.step, self.metrics, self.metadata, self.overwrite, self.optimize)
-        with saver.open(what) as session:
+        session = saver.open(what)
+        with session.losing(), session:
             manifest = _manifest(metadata, everything)
             data = manifest.to_bytes()
             session.publish(data, [written.part for written in everything])
@@ -250,7 +251,8 @@ class DeltaStorageWriter(StorageWriter):
     def _write(self, state: State) -> _Written:
         saver = _saver(self)
         assert self.step is not None
-        with saver.open(What(self.step, {}, {}, self.overwrite, self.optimize)) as session:
+        session = saver.open(What(self.step, {}, {}, self.overwrite, self.optimize))
+        with session.losing(), session:
             saved = snapshot.save(session, state, saver.before, saver.shadow, allow_pickle=self.allow_pickle)
             session.publish(None)
             packs, rows = session.packs(), session.rows()

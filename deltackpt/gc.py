@@ -515,6 +515,7 @@ class _Gc:
         names = [name for name in self._backend.names("index/") if sid_of(name)]
         n_cycles, condemned = self._store.gc_state()
         gone = {name for cycle in range(n_cycles) for name in self._swept(cycle)}
+        gone |= self._store.quarantine().packs
         index = self._store.refresh(complete=True)
         # Of the others it is not known whether their writer is at work, or was before they were durable.
         unlisted = index.unlisted & self._live - condemned

@@ -63,8 +63,8 @@ def look(store: Store) -> Liveness:
 class Liveness:
     """What is in a store at one moment, and which copy of each live chunk is in use.
 
-    Listed in an order that can only err towards keeping: gc records, packs, sessions, refs, index.  A pack
-    seen here whose session is not seen open has ended, so its decision is seen too.
+    Listed in an order that can only err towards keeping: quarantine, gc records, packs, sessions, refs,
+    index.  A pack seen here whose session is not seen open has ended, so its decision is seen too.
 
     What is in use is closed under bases: with a delta of depth d, a copy of its base of depth below d.  A
     copy is *usable* if its pack may be relied on and, of a delta, if some usable copy of its base is of less
@@ -78,6 +78,8 @@ class Liveness:
     """
 
     def __init__(self, store: Store) -> None:
+        # Before the packs: what was good in a pack set aside was stored elsewhere before.
+        self._aside = store.quarantine().packs
         records = set(store.backend.names("gc/"))
         self.n_cycles, self._condemned = store.gc_state()
         #: Whether no cycle was unfinished: of one that is, it is not known yet what it will spare.
@@ -121,7 +123,7 @@ class Liveness:
         """Rank the places of rows: 0 rely on, 1 to 3 only if there is no better, 9 never."""
 
         def tier(name: PackName) -> int:
-            if name not in self.packs or name in self._condemned - last:
+            if not self._counts(name) or name in self._condemned - last:
                 return _NEVER
             if name in self._unlisted:  # perhaps not durable: a power loss could take it, not the other
                 return _UNLISTED
@@ -199,15 +201,19 @@ class Liveness:
         first[self._chunk[at[is_first]]] = at[is_first]
         return first
 
+    def _counts(self, name: PackName) -> bool:
+        """Whether a pack is there; one that is set aside is not: gc cannot tell what in it is bad."""
+        return name in self.packs and name not in self._aside
+
     def check_whole(self) -> None:
         """Refuse to go on when a live chunk cannot be there at all: deleting would make it worse."""
-        there = np.array([name in self.packs for name in self._rows.packs], np.bool_)
+        there = np.array([self._counts(name) for name in self._rows.packs], np.bool_)
         n_missing = self._n_unknown + self._n_unusable(there[self._rows.rows["pack"]])
         if n_missing:
             raise CorruptError(
                 f"{self._store.url}: {n_missing} chunks that steps need are in no pack, or lack a base; "
                 "nothing deleted",
-                hint="run deltackpt verify, and forget the damaged steps",
+                hint="run deltackpt repair; save again what is lost, or forget the damaged steps",
             )
 
     def check_uncondemned(self) -> None:

@@ -257,6 +257,27 @@ def scan(read_at: ReadAt, size: int, rows: npt.NDArray[np.void], where: str) -> 
             yield i, e.message
 
 
+def salvage(data: bytes, where: str) -> Iterator[tuple[int, Record]]:
+    """Find the records that are as they were written, in a pack of which nothing else is to be trusted.
+
+    Yields
+    ------
+    (int, Record)
+        Where its header starts, and the record.
+    """
+    at, view = 0, memoryview(data)
+    while (at := data.find(RECORD_HEADER.magic, at)) >= 0:
+        start = at + RECORD_HEADER.size
+        try:
+            record = Record.from_bytes(view[at:start], where)
+            check_payload(record, view[start : start + record.stored_size], where)
+        except CorruptError:
+            at += 1
+        else:
+            yield at, record
+            at = start + record.stored_size
+
+
 def check_row(record: Record, row: np.void, where: str) -> None:
     """Refuse a record that is not what the index or the footer says stands there."""
     if (

@@ -1,6 +1,6 @@
 """The small records: who writes, what was decided, what gc condemned.
 
-Owns   their names in the store and their bytes.
+Owns   their names in the store and their bytes, and what the names in the quarantine say.
 Never  opens a file, or decides who wins: the first to create a name does.
 
 A step is saved into a *slot*, ``refs/<run>/<step>.<attempt>``, attempts counting from 1.  The slot's one
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ _PIN = re.compile(r"(refs/[^/]+/[0-9]+)\.pin-([1-9][0-9]{0,8})")
 _SESSION = re.compile(r"sessions/([0-9a-f]{32})\.(0|[1-9][0-9]{0,8})\.([0-9]{1,9})\.([0-9]{1,19})\.([^/]+)")
 _GC = re.compile(r"gc/(condemn|sweep)-(0|[1-9][0-9]{0,8})")
 _OWNED = re.compile(r"manifests/([0-9a-f]{32})\.man|index/([0-9a-f]{32})\.idx")
+_ASIDE, _MARK = "quarantine/", re.compile(r"[0-9a-f]{64}")
 STEP_MAX = (1 << 63) - 1
 #: Where gc's own sessions decide; no run can have this name.
 GC_RUN = "~gc"
@@ -442,3 +444,49 @@ def parse_gc_key(key: str) -> tuple[str, int] | None:
     """Return kind and cycle of a gc record's name, None if it is not one's."""
     m = _GC.fullmatch(key)
     return (m[1], int(m[2])) if m else None
+
+
+def aside_key(key: str) -> str:
+    """Return the name under which a file is set aside: a mark of it, or what its bytes were.
+
+    Examples
+    --------
+    >>> aside_key("gc/sweep-3")
+    'quarantine/gc~sweep-3'
+    """
+    return _ASIDE + key.replace("/", "~")
+
+
+def lost_key(chunk_id: bytes) -> str:
+    """Return the name of the mark of a chunk that is known to be damaged."""
+    return _ASIDE + chunk_id.hex()
+
+
+class Quarantine(NamedTuple):
+    """What nobody is to build on.
+
+    Parameters
+    ----------
+    packs : frozenset of PackName
+        Packs set aside where they stand: whatever was good in them stands elsewhere too.
+    ids : frozenset of bytes
+        Chunks of which no good copy was left.
+    keys : frozenset of str
+        All names in the quarantine.
+    """
+
+    packs: frozenset[PackName]
+    ids: frozenset[bytes]
+    keys: frozenset[str]
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> Quarantine:
+        """Return what a listing of the quarantine says."""
+        names = {key: key.removeprefix(_ASIDE) for key in keys}
+        packs = {PackName.from_key(name.replace("~", "/")) for name in names.values()}
+        ids = {bytes.fromhex(name) for name in names.values() if _MARK.fullmatch(name)}
+        return cls(frozenset(packs - {None}), frozenset(ids), frozenset(names))  # type: ignore[arg-type]
+
+    def holds(self, key: str) -> bool:
+        """Return whether a file is set aside."""
+        return aside_key(key) in self.keys

@@ -188,12 +188,27 @@ class Refs:
         """Return a step's first undecided slot, its newest commit, and whether that has a tombstone."""
         newest, has_tombstone = None, False
         attempt = 1
-        while decision := self.decision(Slot(run, step, attempt)):
+        while decision := self._decided(Slot(run, step, attempt)):
             if isinstance(decision, Commit):
                 newest, has_tombstone = decision, False
             has_tombstone = has_tombstone or self._backend.exists(decision.slot.key + GONE)
             attempt += 1
         return Slot(run, step, attempt), newest, has_tombstone
+
+    def _decided(self, slot: Slot) -> Commit | Fence | None:
+        """Return what was decided in a slot; what is lost or damaged, and forgotten, counts as a fence.
+
+        Its tombstone forgets whatever would be decided there again.
+        """
+        try:
+            decision, error = self.decision(slot), None
+        except CorruptError as e:
+            decision, error = None, e
+        if decision is None and self._backend.exists(slot.key + GONE):
+            return Fence(slot, bytes(16))
+        if error is not None:
+            raise error
+        return decision
 
     def is_gone(self, slot: Slot) -> bool:
         """Return whether the commit in a slot was forgotten, itself or with a newer attempt."""

@@ -48,7 +48,16 @@ from deltackpt.pace import Job, Pace
 from deltackpt.pack import PackName, Payload, Record
 from deltackpt.packer import Packer
 from deltackpt.rates import Sort, Took
-from deltackpt.records import Commit, Figures, Origin, SessionName, Slot, index_key, manifest_key
+from deltackpt.records import (
+    Commit,
+    Figures,
+    Origin,
+    SessionName,
+    Slot,
+    index_key,
+    lost_key,
+    manifest_key,
+)
 from deltackpt.refs import lost
 from deltackpt.scratch import Scratch
 from deltackpt.store import Store
@@ -190,9 +199,9 @@ class Session:
             _, self._condemned = (
                 store.gc_state()
             )  # W3: after W2, or gc could condemn what is used here unseen
-            self._quarantined = {
-                name.removeprefix("quarantine/") for name in self._backend.names("quarantine/")
-            }
+            quarantine = store.quarantine()
+            self._condemned |= quarantine.packs
+            self._quarantined = quarantine.ids
         except BaseException:
             self.abort()
             raise
@@ -208,7 +217,7 @@ class Session:
     # -- what is there already
 
     def may_use(self, packs: frozenset[PackName]) -> bool:
-        """Return whether chunks in these packs can be relied on: none is condemned, all are there."""
+        """Return whether chunks in these packs can be relied on: none is condemned or aside, all there."""
         return packs.isdisjoint(self._condemned) and all(map(self._is_present, packs))
 
     def _is_present(self, name: PackName) -> bool:
@@ -242,7 +251,7 @@ class Session:
                 break
             self._lost |= lost  # a pack that somebody deleted: what it held is written again
         if self._quarantined:
-            found &= np.array([not self._is_quarantined(i.tobytes()) for i in ids], np.bool_)
+            found &= np.array([i.tobytes() not in self._quarantined for i in ids], np.bool_)
             rows[~found] = np.zeros(1, ROW)
         return found, rows
 
@@ -250,13 +259,10 @@ class Session:
         assert self._index is not None
         return {*self._condemned, *self._lost, *self._index.unlisted}
 
-    def _is_quarantined(self, chunk_id: bytes) -> bool:
-        return chunk_id.hex() in self._quarantined
-
     def _copies(self, chunk_id: bytes) -> list[np.void]:
         """Return the rows of a chunk in packs that a new save may use."""
         assert self._index is not None
-        if self._is_quarantined(chunk_id):
+        if chunk_id in self._quarantined:
             return []
         avoid, packs = self._off_limits(), self._index.packs
         rows = [(packs[int(row["pack"])], row) for row in self._index.copies(chunk_id)]
@@ -424,6 +430,8 @@ class Session:
             self._create(manifest_key(self.sid), manifest)
             self._backend.barrier("manifests")
         self._check_packs()
+        for chunk_id in self._quarantined & self._new.keys():
+            self._backend.delete(lost_key(chunk_id))  # there is a good copy now
 
     def _publish_index(self) -> None:
         segment, merged = Segment.build(self._packer.done), self.store.to_merge()

@@ -36,7 +36,15 @@ from deltackpt.links import Reader, Row, Wanted
 from deltackpt.manifest import Manifest
 from deltackpt.pack import PackName
 from deltackpt.rates import Rates
-from deltackpt.records import Commit, GcRecord, SessionName, parse_gc_key, sid_of
+from deltackpt.records import (
+    Commit,
+    GcRecord,
+    Quarantine,
+    SessionName,
+    aside_key,
+    parse_gc_key,
+    sid_of,
+)
 from deltackpt.refs import Refs
 from deltackpt.types import U8
 
@@ -240,23 +248,39 @@ class Store:
         release is per cycle, so a pack that one cycle spared stays condemned if another condemned it.
         """
         found = {parse_gc_key(name) for name in self.backend.names("gc/")}
-        cycles = {key[1] for key in found if key}
+        n_cycles = max((key[1] + 1 for key in found if key), default=0)
         condemned: set[PackName] = set()
-        for cycle in range(len(cycles)):
+        for cycle in range(n_cycles):
             kind = "sweep" if ("sweep", cycle) in found else "condemn"
             condemned |= self.gc_record(f"gc/{kind}-{cycle}").packs
-        return len(cycles), frozenset(condemned)
+        return n_cycles, frozenset(condemned)
 
     def gc_record(self, key: str) -> GcRecord:
-        """Return a gc record; they never change, so each is read once."""
+        """Return a gc record; they never change, so each is read once.
+
+        One that cannot be read and is set aside lists nothing: what it may have listed is condemned anew.
+        """
         with self._lock:
             if key not in self._gc_records:
                 try:
-                    data = self.backend.read(key)
-                except NotFoundError as e:
-                    raise CorruptError(f"{self.url}/{key}: is missing", hint="restore it from a copy") from e
-                self._gc_records[key] = GcRecord.from_bytes(data, key)
+                    record = self._read_gc_record(key)
+                except CorruptError:
+                    if not self.backend.exists(aside_key(key)):
+                        raise
+                    kind, cycle = parse_gc_key(key) or ("", 0)
+                    record = GcRecord(kind, cycle, frozenset(), 0, 0)
+                self._gc_records[key] = record
             return self._gc_records[key]
+
+    def _read_gc_record(self, key: str) -> GcRecord:
+        try:
+            return GcRecord.from_bytes(self.backend.read(key), key)
+        except NotFoundError as e:
+            raise CorruptError(f"{self.url}/{key}: is missing", hint="run deltackpt repair") from e
+
+    def quarantine(self) -> Quarantine:
+        """Return what nobody is to build on."""
+        return Quarantine.of(self.backend.names("quarantine/"))
 
     def read_manifest(self, commit: Commit) -> Manifest:
         """Read a commit's manifest, checked against the digest in the commit.

@@ -7,6 +7,7 @@ Never  changes anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class Damage:
     Parameters
     ----------
     kind : str
-        commit, tombstone, pin, gc, manifest, list, chunk, pack, index or quarantine.
+        commit, tombstone, pin, gc, manifest, list, chunk, pack or index.
     key : str
         The file.
     message : str
@@ -172,13 +173,16 @@ class _Verifier:
         self._deltas: dict[bytes, set[bytes]] = {}  # base: the chunks taken against it that steps need
         self._index = Index()
         self._lost: frozenset[PackName] = frozenset()
+        self._aside = store.quarantine()
+        self._cycles: set[tuple[str, int]] = set()
+        self._damaged: set[str] = set()  # records of gc's
 
     def run(self) -> VerifyReport:
         self._names()
         self._small_records()
         self._index_files()
-        for run in [*self._store.refs.runs(), GC_RUN]:
-            self._run(run)
+        n_slots = sum(map(self._run, [*self._store.refs.runs(), GC_RUN]))
+        self._count(n_slots)
         self._lists()
         self._places()
         if self._report.level != "references":
@@ -199,7 +203,7 @@ class _Verifier:
             name = PackName.from_key(entry.name)
             if name is None:
                 foreign.append(entry.name)
-            else:
+            elif name not in self._aside.packs:
                 self._packs[name] = entry.size
         for place in ("index/", "manifests/"):
             foreign += [e.name for e in self._backend.list(place) if sid_of(e.name) is None]
@@ -208,8 +212,8 @@ class _Verifier:
         self._report.n_packs = len(self._packs)
 
     def _small_records(self) -> None:
-        """Check gc's records and the quarantine."""
-        seen = set()
+        """Check gc's records."""
+        seen = self._cycles
         for entry in self._backend.list("gc/"):
             parsed = parse_gc_key(entry.name)
             if parsed is None:
@@ -220,11 +224,10 @@ class _Verifier:
                 self._store.gc_record(entry.name)
             except FormatError as e:
                 self._add("gc", entry.name, e)
-        for kind, cycle in sorted(seen):
-            if kind == "sweep" and ("condemn", cycle) not in seen:
-                self._add("gc", f"gc/condemn-{cycle}", "missing, and its sweep record is there")
-            if cycle and ("condemn", cycle - 1) not in seen:
-                self._add("gc", f"gc/condemn-{cycle - 1}", "missing, and a later cycle is there")
+                self._damaged.add(entry.name)
+        for cycle in range(max((cycle + 1 for _, cycle in seen), default=0)):
+            if ("condemn", cycle) not in seen and not self._aside.holds(f"gc/condemn-{cycle}"):
+                self._add("gc", f"gc/condemn-{cycle}", "missing, and what came after it is there")
 
     def _index_files(self) -> None:
         for entry in self._backend.list("index/"):
@@ -243,20 +246,29 @@ class _Verifier:
 
     # -- references
 
-    def _run(self, run: str) -> None:
-        """Check a run's decisions, tombstones, pins and manifests."""
+    def _count(self, n_slots: int) -> None:
+        """Check that there are as many decisions as at the last gc; none is ever removed."""
+        keys = [f"gc/{kind}-{cycle}" for kind, cycle in self._cycles]
+        known = [self._store.gc_record(key).n_refs for key in keys if key not in self._damaged]
+        if n_slots < max(known, default=0):
+            self._add("commit", "refs/", f"{n_slots} decisions, at the last gc there were {max(known)}")
+
+    def _run(self, run: str) -> int:
+        """Check a run's decisions, tombstones, pins and manifests; return how many decisions there are."""
         listing = self._store.refs.listing(run)
         slots = set(listing.slots)
+        for slot, why in _gaps(slots, listing.tombstones).items():
+            self._add("commit", slot.key, f"missing, and {why} is there")
+        steps = {slot.step for slot in slots}
         for slot in sorted(slots | listing.tombstones):
-            if slot not in slots:
-                self._add("commit", slot.key, "missing, and its tombstone is there")
             if slot in listing.tombstones:
                 self._record_is("tombstone", *tombstone(slot))
-            self._decision(slot, slot in listing.gone)
+            self._decision(slot, slot in listing.gone, steps)
         self._pins(listing)
         for entry in self._backend.list(f"refs/{run}/"):
             if not (Slot.from_key(entry.name.removesuffix(GONE)) or Pin.from_key(entry.name)):
                 self._report.foreign.append(entry.name)
+        return len(slots) if run != GC_RUN else 0
 
     def _pins(self, listing: Listing) -> None:
         """Check that a step's pins count from 1 without gaps, and that there is something to pin."""
@@ -272,9 +284,9 @@ class _Verifier:
             last = pin
 
     def _record_is(self, kind: str, key: str, expected: bytes) -> None:
-        """Check a record of which every byte follows from its name."""
+        """Check a record of which every byte follows from its name; what counts is that it is there."""
         found = self._backend.read(key)
-        if found != expected:
+        if found != expected and not self._aside.holds(key):
             try:
                 unseal(found, key)
             except FormatError as e:
@@ -282,13 +294,21 @@ class _Verifier:
             else:
                 self._add(kind, key, "is not the record of its name")
 
-    def _decision(self, slot: Slot, is_gone: bool) -> None:
+    def _decision(self, slot: Slot, is_gone: bool, steps: set[int]) -> None:
         try:
             commit = self._store.refs.decision(slot)
         except FormatError as e:
-            self._add("commit", slot.key, e, [] if is_gone else [f"{slot.run} {slot.step}: all of it"])
+            if not (is_gone and self._aside.holds(slot.key)):
+                self._add("commit", slot.key, e, [] if is_gone else [f"{slot.run} {slot.step}: all of it"])
             return
-        if is_gone or not isinstance(commit, Commit):
+        if not isinstance(commit, Commit):
+            return
+        if commit.parent is not None and commit.parent not in steps:
+            self._add(
+                "commit", Slot(slot.run, commit.parent, 1).key, f"missing, and {slot.key} came after it"
+            )
+            steps.add(commit.parent)  # told once
+        if is_gone:
             return
         self._report.n_steps += 1
         try:
@@ -465,3 +485,14 @@ class _Verifier:
         codecs.decode(record.codec, payload, record.itemsize, out, where, base)
         if blake3(out).digest() != record.id:
             raise CorruptError(f"{where}: decoded bytes do not give chunk id {record.id.hex()[:16]}")
+
+
+def _gaps(slots: AbstractSet[Slot], tombstones: AbstractSet[Slot]) -> dict[Slot, str]:
+    """Return the slots that must be there: attempts count from 1, and only what was there is forgotten."""
+    gaps = dict.fromkeys(tombstones - slots, "its tombstone")
+    for slot in sorted(slots, reverse=True):
+        for attempt in range(max(1, slot.attempt - _N_GAPS_TOLD), slot.attempt):
+            below = Slot(slot.run, slot.step, attempt)
+            if below not in slots:
+                gaps.setdefault(below, slot.key)
+    return gaps

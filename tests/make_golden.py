@@ -32,6 +32,7 @@ from deltackpt.format import MANIFEST_HEADER, VERSION, seal
 from deltackpt.groups import Coded, GroupCost
 from deltackpt.pack import PackName
 from deltackpt.records import GC_RUN, Fence, Figures, GcRecord, Origin, SessionName, Slot
+from deltackpt.repair import repair
 from deltackpt.restore import fill
 from deltackpt.run import Run
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, DIRS, Store
@@ -390,6 +391,30 @@ def write_midway(store: Store, *, with_torch: bool = True) -> None:
     store.backend.barrier()
 
 
+def write_repaired(store: Store, *, with_torch: bool = True) -> None:
+    """Damage a pack, what is forgotten, and gc's records, and repair; the same bytes every time."""
+
+    def spoil(name: str, at: int) -> None:
+        data = bytearray(store.backend.read(name))
+        data[at] ^= 1
+        store.backend.delete(name)
+        store.backend.create_once(name, data)
+
+    with reproducible():
+        run = Run(store, "main")
+        states = [{"w": weights(300, step), "frozen": noise(3000, 7), "step": step} for step in range(5)]
+        for step in (1, 2, 3, 4):
+            run.save(states[step], step=step)
+        run.forget([3, 4])
+        gc.collect(store)
+        spoil(max(store.backend.list("packs/"), key=lambda entry: entry.size).name, 200)
+        for name in ("refs/main/3.1", "refs/main/4.1.gone", "gc/condemn-0", "gc/sweep-0"):
+            spoil(name, 30)
+        repair(store)
+        Run(Store(store.backend), "main").save(states[1], step=5)
+        store.backend.create_once("quarantine/" + "5a" * 32, b"")
+
+
 def describe(store: Store) -> dict[str, Any]:
     """Tell every step's structure and tensors, with the SHA-256 of their bytes and of the manifest's JSON."""
     told: dict[str, Any] = {}
@@ -427,6 +452,7 @@ STORES = {
     "v1-runs": write_runs,
     "v1-delta": write_delta,
     "v1-midway": write_midway,
+    "v1-repaired": write_repaired,
 }
 
 

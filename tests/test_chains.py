@@ -819,7 +819,7 @@ def a_mark(rows, tiers, wanted, depth_max=DEPTH_MAX):
     mark._sizes = np.full(len(packs), 1000)
     mark._store = SimpleNamespace(depth_max=depth_max, url="here")
     mark.packs = {name: 1000 for name, tier in zip(packs, tiers, strict=True) if tier != NEVER}
-    mark._condemned, mark._writing = frozenset(), set()
+    mark._condemned, mark._aside, mark._writing = frozenset(), frozenset(), set()
     mark._unlisted = frozenset(name for name, tier in zip(packs, tiers, strict=True) if tier == UNLISTED)
     mark._number()
     at = mark._find(as_ids(bytes([n]) * 32 for n in wanted))

@@ -19,8 +19,8 @@ from deltackpt import delta, files
 from deltackpt.cli import cli
 
 COMMANDS = [
-    "completion", "demo", "diff", "forget", "fork", "gc", "info", "ls", "pin", "restore", "save", "show",
-    "stats", "verify",
+    "completion", "demo", "diff", "forget", "fork", "gc", "info", "ls", "pin", "repair", "restore", "save",
+    "show", "stats", "verify",
 ]  # fmt: skip
 
 
@@ -432,6 +432,32 @@ def test_verify_exits_2_when_it_could_not_check():
     result = call("verify")
     assert result.exit_code == 2
     assert "no deltackpt store here" in result.stderr
+
+
+def test_repair_exits_1_while_some_of_it_is_damaged_and_0_then(tmp_path):
+    delta.save(arrays(), "checkpoints", step=1)
+    assert ok("repair")["actions"] == []
+    assert call("-s", "checkpoints", "repair").stdout == "clean: nothing to do\n"
+    delta.save(arrays(), "other", step=7)
+    truncate_a_pack(tmp_path / "checkpoints")
+    told = call("repair", "--dry-run")
+    assert told.exit_code == 1
+    assert "rewrite packs/" in told.stdout
+    assert "lost: main 1: a.w" in told.stdout
+    result = call("repair")
+    assert result.exit_code == 1
+    assert "damaged still: " in result.stdout.splitlines()[-1]
+    assert call("-q", "repair", "--from", "other").stdout == ""
+    assert ok("verify", "--decode")["clean"] is True
+
+
+def test_repair_exits_2_when_it_could_not(tmp_path):
+    result = call("repair")
+    assert result.exit_code == 2
+    assert "no deltackpt store here" in result.stderr
+    delta.save(arrays(), "checkpoints", step=1)
+    assert call("repair", "--from", tmp_path).exit_code == 2
+    assert call("repair", "--from", "checkpoints").exit_code == 2
 
 
 def test_foreign_files_in_the_store_disturb_no_command(store):

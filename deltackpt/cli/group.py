@@ -131,7 +131,7 @@ def cli(ctx: click.Context, store: Path) -> None:
       6    the storage failed
       130  interrupted
       141  whoever read the output closed it
-    Of verify, 1 means that the store is damaged, 2 that it was not checked.
+    Of verify and repair, 1 means that the store is damaged, 2 that they failed.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Commands on a whole store, and on deltackpt itself: stats, gc, verify, info, demo, completion.
+"""Commands on a whole store, and on deltackpt itself: stats, gc, verify, repair, info, demo, completion.
 
 Owns   their options and what they print.
 Never  decides what goes, or what is damaged.
@@ -33,11 +33,15 @@ from deltackpt.report import cost_lines, human_size, one_line
 from deltackpt.store import open_store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from deltackpt.repair import RepairResult
     from deltackpt.stats import Stats, Sums
+    from deltackpt.verify import Damage
 
-EXIT_DAMAGED, EXIT_NOT_CHECKED = 1, 2  # of verify
+EXIT_DAMAGED, EXIT_NOT_CHECKED = 1, 2  # of verify and repair
 _SHELLS = ("bash", "zsh", "fish")
 _WIDE = 10_000  # a pipe has no width: lines are not folded there
 _N_HITS_SHOWN = 5
@@ -203,12 +207,7 @@ def verify(ctx: click.Context, stored: bool, decode: bool, as_json: bool) -> Non
             report = check(ctx.obj, level="decode" if decode else "stored" if stored else "references")
     except DeltackptError as e:
         raise Failure(e, EXIT_NOT_CHECKED) from e
-    lines = []
-    for damage in report.damage:
-        lines.append(f"damaged {damage.kind} {damage.key}: {damage.message}")
-        lines += [f"  lost: {one_line(hit)}" for hit in damage.hits[:_N_HITS_SHOWN]]
-        n_more = len(damage.hits) - _N_HITS_SHOWN
-        lines += [f"  and {n_more} more; --json lists all"] if n_more > 0 else []
+    lines = _damage_lines(report.damage)
     lines += [f"not a file of deltackpt's: {one_line(name)}" for name in report.foreign]
     lines.append(
         f"{'clean' if report.clean else f'{len(report.damage)} damaged'}: {report.n_steps} steps, "
@@ -218,6 +217,68 @@ def verify(ctx: click.Context, stored: bool, decode: bool, as_json: bool) -> Non
     (tell if report.clean else answer)("\n".join(lines), report.to_json(), as_json)
     if not report.clean:
         ctx.exit(EXIT_DAMAGED)
+
+
+def _damage_lines(found: Sequence[Damage]) -> list[str]:
+    lines = []
+    for damage in found:
+        lines.append(f"damaged {damage.kind} {damage.key}: {damage.message}")
+        lines += [f"  lost: {one_line(hit)}" for hit in damage.hits[:_N_HITS_SHOWN]]
+        n_more = len(damage.hits) - _N_HITS_SHOWN
+        lines += [f"  and {n_more} more; --json lists all"] if n_more > 0 else []
+    return lines
+
+
+@cli.command(short_help="Mend a damaged store, as far as its bytes are to be had.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="STORE",
+    help="Take what is lost here from this store.",
+)
+@output_options
+@click.pass_context
+def repair(ctx: click.Context, dry_run: bool, source: Path | None, as_json: bool) -> None:
+    """Mend a damaged store, as far as its bytes are to be had; deletes nothing, safe beside running saves.
+
+    Good records of bad packs go into a new pack, the bad ones are set aside; a lost index is made again.
+    What is lost for good is told, and the next save that has the same bytes makes the old steps whole too.
+    It reads all that is stored.
+
+    
+    Exit codes:
+      0    the store is clean
+      1    some of it is damaged still; with --dry-run, there is something to do
+      2    it could not be repaired
+
+    
+    Examples:
+      deltackpt repair --dry-run
+      deltackpt repair --from /mnt/copy
+    """
+    from deltackpt.repair import repair as mend
+
+    try:
+        with busy("repairing"):
+            result = mend(ctx.obj, source=source, dry_run=dry_run)
+    except DeltackptError as e:
+        raise Failure(e, EXIT_NOT_CHECKED) from e
+    lines = [f"{action.verb} {action.key}: {action.why}" for action in result.actions]
+    lines += _damage_lines(result.damage)
+    lines.append(_repaired(result))
+    (tell if result.clean else answer)("\n".join(lines), result.to_json(), as_json)
+    if not result.clean:
+        ctx.exit(EXIT_DAMAGED)
+
+
+def _repaired(result: RepairResult) -> str:
+    done = "to be done" if result.dry_run else "done"
+    what = f"{len(result.actions)} {done}" if result.actions else "nothing to do"
+    if not result.damage:
+        return f"clean: {what}"
+    return f"{len(result.damage)} damaged{'' if result.dry_run else ' still'}: {what}"
 
 
 @cli.command(short_help="Say what runs here, and what the store holds.")

@@ -140,11 +140,11 @@ def plan(found: Survey) -> RepairPlan:
 
     _plan_cycles(found, p, act)
     for damage in found.damage:
-        slot = Slot.from_key(damage.key)
         if damage.kind in ("tombstone", "pin"):
             _plan_existence(found, damage, p, act)
-        elif damage.kind == "commit" and slot is not None:
-            _plan_decision(found, slot, p, act)
+    slots = {slot for d in found.damage if d.kind == "commit" and (slot := Slot.from_key(d.key))}
+    for slot in sorted(slots | found.decisions.keys()):
+        _plan_decision(found, slot, p, act)
     for key, data in sorted(found.manifests.items()):
         p.replace[key] = data
         act("replace", key, "another copy is what was committed")

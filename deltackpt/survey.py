@@ -34,6 +34,9 @@ from deltackpt.store import Store
 from deltackpt.types import U8
 from deltackpt.verify import Damage, verify
 
+#: A run of which nothing is left.
+_NOTHING = Listing([], frozenset(), frozenset(), [])
+
 
 class Salvage(NamedTuple):
     """What is left of a damaged pack.
@@ -159,15 +162,26 @@ class _Surveyor:
             self._found.listings[run] = self._store.refs.listing(run)
         if self._other is None or self._other.uuid != self._store.uuid:
             return
-        for key in {d.key for d in self._found.damage if d.kind == "commit"}:
-            slot = Slot.from_key(key)
-            if slot is not None:
-                try:
-                    decision = decision_from_bytes(self._other.backend.read(key), slot)
-                except (FormatError, NotFoundError):
-                    continue
-                if isinstance(decision, Commit):
-                    self._found.decisions[slot] = decision
+        damaged = {d.key for d in self._found.damage if d.kind == "commit"}
+        slots = {Slot.from_key(key) for key in damaged} - {None}
+        if "refs/" in damaged:  # some are missing, and nothing here says which
+            slots |= self._missing(self._other)
+        for slot in slots:
+            assert slot is not None
+            try:
+                decision = decision_from_bytes(self._other.backend.read(slot.key), slot)
+            except (FormatError, NotFoundError):
+                continue
+            if isinstance(decision, Commit):
+                self._found.decisions[slot] = decision
+
+    def _missing(self, other: Store) -> set[Slot | None]:
+        """Return the slots that another copy has and this one has not; decisions are never removed."""
+        slots: set[Slot | None] = set()
+        for run in other.refs.runs():
+            listing, theirs = self._found.listings.setdefault(run, _NOTHING), other.refs.listing(run)
+            slots |= set(theirs.slots) - theirs.gone - set(listing.slots)
+        return slots
 
     def _manifests(self) -> None:
         """Look for damaged manifests by their digests: a fork has the same one, another copy too."""

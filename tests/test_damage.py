@@ -1,14 +1,20 @@
-"""A bit flipped in every byte, every cut, every loss and every exchange of a small store's files."""
+"""Every bit flipped, every cut, every loss and every exchange of files of small stores.
+
+Who reads each bit is in spoiling.py.  All of verify, a load and the next save are done for a sample of flips
+and cuts (`DELTACKPT_SEED` chooses it), and with `DELTACKPT_LONG=1` for every one: an hour on two cores.
+"""
 
 import itertools
+import os
 import random
-from concurrent.futures import Executor, Future
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 from deltas import put
 from faults import contents, memory_of
+from spoiling import AtOnce, everywhere
 from steps import collect, floats, noise, opened, same, visible
 
 from deltackpt import store
@@ -17,27 +23,21 @@ from deltackpt.chunking import Chunker
 from deltackpt.codecs import NAMES
 from deltackpt.errors import DeltackptError
 from deltackpt.format import VERSION, seal
+from deltackpt.records import Slot
 from deltackpt.session import Session
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
 from deltackpt.verify import verify
 from deltackpt.workers import workers
 
-#: Flips are found in every byte; so are the cuts of files up to this size, of others a sample.
-CUT_ALL_SIZE = 400
-N_CUTS = 50
-rng = random.Random(20)
-
-
-class AtOnce(Executor):
-    """Handing a kilobyte to a thread takes longer than to do what is to be done with it."""
-
-    def submit(self, function, /, *args, **kwargs):
-        future = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as e:
-            future.set_exception(e)
-        return future
+IS_LONG = bool(os.environ.get("DELTACKPT_LONG"))
+SEED = int(os.environ.get("DELTACKPT_SEED", "20"))
+#: Flips, and cuts, after which all of verify and of a load is done; after one in so many a save too.
+N_WHOLE, N_EACH_SAVED = 800, 10
+GOLDEN = Path(__file__).parent / "golden"
+#: The share of a golden store's bytes that is flipped and cut; all of v1-delta takes half an hour.
+SHARES = {path.name: 1.0 for path in GOLDEN.iterdir() if path.is_dir()}
+SHARES["v1-delta"] = 1.0 if IS_LONG else 0.005
+rng = random.Random(SEED)
 
 
 @pytest.fixture(autouse=True)
@@ -149,49 +149,75 @@ def names_of(objects):
     return [name for name in objects if kind(name) not in ("sessions", "tmp")]
 
 
-def test_every_flipped_bit_is_found(small):
+def golden(name):
+    """Objects of a golden store."""
+    root = GOLDEN / name / "store"
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("what", ["flips", "cuts"])
+def test_every_bit_and_every_cut_is_found(small, what):
+    n, n_exact, missed = everywhere(small, what)
+    print(f"{n} {what}; {n_exact} of them change no bit of a chunk")
+    assert n == sum(len(small[name]) for name in names_of(small)) * (8 if what == "flips" else 1)
+    assert n_exact < n / 1000
+    assert not missed, f"{len(missed)} of {n}: {missed[:9]}"
+
+
+@pytest.mark.parametrize("what", ["flips", "cuts"])
+@pytest.mark.parametrize("name", SHARES)
+def test_every_bit_and_every_cut_of_a_golden_store_is_found(name, what):
+    objects = golden(name)
+    n, n_exact, missed = everywhere(objects, what, SHARES[name], SEED)
+    print(f"{n} {what} of {SHARES[name]:.1%} of {name}, seed {SEED}; {n_exact} change no bit of a chunk")
+    per_byte = 8 if what == "flips" else 1
+    assert n >= SHARES[name] * 0.6 * per_byte * sum(map(len, objects.values()))
+    assert n_exact < n / 1000
+    assert not missed, f"{len(missed)} of {n}, seed {SEED}: {missed[:9]}"
+
+
+def flips(objects):
+    """Every bit flipped, or a sample of them."""
+    names = names_of(objects)
+    every = [(name, at, bit) for name in names for at in range(len(objects[name])) for bit in range(8)]
+    for name, at, bit in every if IS_LONG else rng.sample(every, N_WHOLE):
+        data = bytearray(objects[name])
+        data[at] ^= 1 << bit
+        yield f"{name}, bit {bit} of byte {at}", objects | {name: bytes(data)}
+
+
+def cuts(objects):
+    """Every file cut to every length, or a sample of them."""
+    every = [(name, size) for name in names_of(objects) for size in range(len(objects[name]))]
+    for name, size in every if IS_LONG else rng.sample(every, N_WHOLE):
+        yield f"{name} cut to {size}", objects | {name: objects[name][:size]}
+
+
+@pytest.mark.parametrize("spoilt", [flips, cuts])
+def test_what_is_found_file_by_file_the_whole_of_verify_finds_and_no_load_is_wrong(small, spoilt):
     missed = []
-    n = 0
-    for name in names_of(small):
-        for at in range(len(small[name])):
-            data = bytearray(small[name])
-            data[at] ^= 1 << rng.randrange(8)
-            damaged = small | {name: bytes(data)}
-            check_never_wrong(damaged)
-            if not is_found(damaged):
-                missed.append(f"{name} @ {at}")
-            if n % 50 == 0:
-                check_next_save(damaged)
-            n += 1
-    assert not missed, f"{len(missed)} of {n}"
+    for n, (what, damaged) in enumerate(spoilt(small)):
+        check_never_wrong(damaged)
+        if not is_found(damaged):
+            missed.append(what)
+        if n % N_EACH_SAVED == 0:
+            check_next_save(damaged)
+    assert not missed, f"{len(missed)} of {n + 1}, seed {SEED}"
 
 
 def test_a_stored_index_with_any_bit_flipped_is_left_for_the_packs_themselves(small, monkeypatch):
     monkeypatch.setattr(store, "_STORED_SIZE_MIN", 0)  # as if it were large: rows are read when looked up
-    flips = [(name, at) for name in small if kind(name) == "index" for at in range(len(small[name]))]
-    for n, (name, at) in enumerate(flips):
+    places = [(name, at) for name in small if kind(name) == "index" for at in range(len(small[name]))]
+    for name, at in places if IS_LONG else rng.sample(places, 250):
         data = bytearray(small[name])
         data[at] ^= 1 << rng.randrange(8)
         damaged = small | {name: bytes(data)}
-        if n % 7 == 0:
-            assert_steps_are_there(damaged)
-        if n % 25 == 0:
+        assert_steps_are_there(damaged)
+        if at % 10 == 0:
             check_next_save(damaged)
             assert collect(memory_of(damaged)) is not None
-    assert len(flips) > 1000
-
-
-def test_every_cut_is_found(small):
-    missed = []
-    for name in names_of(small):
-        size = len(small[name])
-        sizes = range(size) if size <= CUT_ALL_SIZE else rng.sample(range(size), N_CUTS)
-        for cut in sizes:
-            damaged = small | {name: small[name][:cut]}
-            check_never_wrong(damaged)
-            if not is_found(damaged):
-                missed.append(f"{name} cut to {cut}")
-    assert not missed
 
 
 def test_bytes_behind_the_end_are_found(small):
@@ -209,7 +235,7 @@ def test_every_lost_file_is_found_or_not_needed(small):
         damaged = {n: data for n, data in small.items() if n != name}
         check_never_wrong(damaged)
         check_next_save(damaged)
-        if kind(name) in ("packs", "manifests", "refs/gone"):
+        if kind(name) in ("packs", "manifests", "refs/gone") or Slot.from_key(name):
             assert is_found(damaged), name
         if kind(name) in ("index", "gc"):  # derived, or the end of a cycle that is then ended again
             assert_steps_are_there(damaged)

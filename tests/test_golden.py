@@ -119,6 +119,7 @@ KINDS = {
     "what is condemned": r"gc/condemn-\d+",
     "what is swept": r"gc/sweep-\d+",
     "a chunk in quarantine": r"quarantine/\w{64}",
+    "a file set aside": r"quarantine/\w+~.+",
     "a file not published": r"tmp/.+",
 }
 

@@ -283,6 +283,21 @@ def test_a_forgotten_decision_that_is_lost_does_not_swallow_the_next_save_of_its
     check_settled(backend)
 
 
+def test_a_newest_decision_that_is_lost_is_missed_by_number_and_comes_back_from_a_copy():
+    backend = MemoryBackend()
+    states = {step: {"w": noise(step, 3000)} for step in (1, 2, 3)}
+    for step, of in states.items():
+        opened(backend).save(of, step=step)
+    opened(backend).forget([1])
+    assert collect(backend).n_deleted
+    copy = contents(backend)
+    backend.delete("refs/main/3.1")
+    assert [d.key for d in verify(backend).damage] == ["refs/"]
+    assert not repair(backend).clean
+    assert repair(backend, source=memory_of(copy)).clean
+    assert_steps(visible(backend), {2: states[2], 3: states[3]})
+
+
 def test_a_forgotten_decision_that_is_damaged_is_set_aside(whole):
     backend = memory_of(whole | {"refs/main/4.1": b"?"})
     assert repair(backend).clean

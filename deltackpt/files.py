@@ -280,6 +280,8 @@ def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
 
 def _check_room(members: list[zipfile.ZipInfo], path: Path) -> None:
     stored_size, file_size = sum(member.compress_size for member in members), path.stat().st_size
+    if any(member.header_offset >= file_size for member in members):
+        raise FormatError(f"{path}: a member lies beyond its {file_size} bytes")
     if stored_size > file_size:  # also true of members that share their bytes, as a zip bomb's do
         raise FormatError(f"{path}: members take {stored_size} bytes, the file has {file_size}")
 

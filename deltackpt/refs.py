@@ -328,6 +328,8 @@ def lost(slot: Slot, found: Commit | Fence | None) -> ConflictError:
             f"run {slot.run!r} step {slot.step}: gc gave this save up for dead while it was running",
             hint="save again; raise gc's patience if saves take that long",
         )
+    if found is None:
+        return ConflictError(f"run {slot.run!r} step {slot.step}: this save was given up", hint="save again")
     return ConflictError(
         f"run {slot.run!r} step {slot.step}: another writer committed it first",
         hint="give each job its own run, or save the next step",

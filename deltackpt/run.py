@@ -325,8 +325,10 @@ class Run:
             why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed)
         return Retention.of(self.name, steps, why)
 
-    def _save_and_retain(self, save: Callable[[], tuple[SaveReport, int | None]]) -> SaveReport:
-        """Save, and forget what no rule keeps, now that the step is durable; return the report of both.
+    def retaining(self, save: Callable[[], tuple[SaveReport, int | None]]) -> SaveReport:
+        """Have another save a step of this run; forget what no rule keeps, now that it is durable.
+
+        Returns the report of both.
 
         Parameters
         ----------
@@ -587,12 +589,12 @@ class Run:
         start_s, meter = time.perf_counter(), Meter()
         what = What(
             check_step(step),
-            _metrics(metrics or {}),
-            _metadata(metadata or {}),
+            check_metrics(metrics or {}),
+            check_metadata(metadata or {}),
             overwrite,
             self.optimize or optimize,
         )
-        return Request(what, allow_pickle, self._save_and_retain, self._tell, start_s, meter)
+        return Request(what, allow_pickle, self.retaining, self._tell, start_s, meter)
 
     def _tell(self, report: SaveReport) -> None:
         """Hand a report on, outside the lock: whoever gets it may ask this run for more, or save."""
@@ -677,7 +679,7 @@ def _bytes(name: str, size: Any) -> int:
     return size
 
 
-def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return metrics as plain floats; refuse what is no finite number."""
     if not isinstance(metrics, Mapping):
         raise InvalidInputError(f"metrics: found {metrics!r}, expected a dict of names and numbers")
@@ -687,7 +689,7 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
             raise InvalidInputError(f"metrics: found {name!r}: {value!r}, expected names and numbers")
         try:
             number = float(value)
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise InvalidInputError(f"metrics[{name!r}]: found {value!r}, expected a number") from e
         if not math.isfinite(number):
             raise InvalidInputError(
@@ -698,7 +700,8 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return plain
 
 
-def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata as plain JSON; refuse what is none."""
     if not isinstance(metadata, Mapping):
         raise InvalidInputError(f"metadata: found {metadata!r}, expected a dict")
     try:

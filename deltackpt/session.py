@@ -411,15 +411,14 @@ class Session:
         Raises
         ------
         ConflictError
-            If one of them is of another slot: what protects its packs from gc ends with another decision.
+            If one of them is of another slot, or over: what protects its packs ends with its decision.
         """
-        for part in parts:
-            if part.name.slot != self.slot:
-                raise ConflictError(
-                    f"run {self.slot.run!r} step {self.slot.step}: the ranks began different attempts at it",
-                    hint="save again",
-                )
         self._parts = parts
+        for part in parts:
+            # A record that is gone protects nothing any more.
+            if part.name.slot != self.slot or not self._backend.exists(part.name.key):
+                slot = min(part.name.slot, self.slot)
+                raise lost(slot, self.store.refs.decision(slot))
         self._finish_encoding()
         self._packer.finish()
         if self._packer.done:

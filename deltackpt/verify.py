@@ -140,9 +140,10 @@ def verify(where: Where, *, level: Level = "references") -> VerifyReport:
         if report.clean or (now := _state(backend)) == before:
             break
         # Somebody saved, forgot or collected meanwhile, and a look sees half of it: damage is there still.
-        seen = {(d.kind, d.key, d.message) for d in report.damage}
+        # Not by message, which names the steps that need it, and those may have changed.
+        seen = {(d.kind, d.key) for d in report.damage}
         before, report = now, _looked(backend, level)
-        report.damage = [d for d in report.damage if (d.kind, d.key, d.message) in seen]
+        report.damage = [d for d in report.damage if (d.kind, d.key) in seen]
     return report
 
 
@@ -155,9 +156,9 @@ def _looked(backend: Backend, level: Level) -> VerifyReport:
 
 
 def _state(backend: Backend) -> list[list[str]]:
-    """Return what changes if somebody saves, forgets or collects: names of decisions, packs, index files."""
+    """Return what changes if somebody saves, forgets or collects: names of records, packs, index files."""
     runs = [f"refs/{run}/" for run in backend.list_dirs("refs/")]
-    return [backend.names(place) for place in (*runs, "packs/", "index/")]
+    return [backend.names(place) for place in (*runs, "packs/", "index/", "gc/")]
 
 
 class _Verifier:

@@ -223,10 +223,13 @@ def test_parts_of_another_attempt_or_whose_packs_are_gone_are_refused():
     early = rank(backend, 1)
     open_store(backend).refs.decide(Fence(early.name.slot, early.name.sid))
     late = rank(backend, 2)
-    with pytest.raises(ConflictError, match="different attempts"):
+    with pytest.raises(ConflictError, match="gave this save up"):
         decided(backend, [early, late])
-    [(pack, _)] = late.packs
+    with pytest.raises(ConflictError, match="given up"):
+        decided(backend, [late])  # whoever failed to decide has given it up
+    last = rank(backend, 3)
+    [(pack, _)] = last.packs
     backend.delete(pack.key)
     with pytest.raises(StorageError, match="has None bytes"):
-        decided(backend, [late])
+        decided(backend, [last])
     assert open_run(backend).steps() == []

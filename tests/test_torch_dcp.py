@@ -1,9 +1,13 @@
 """Distributed checkpoints: saved and loaded by real ranks, over gloo, with FSDP2 and other placements."""
 
+import gc as python_gc
 import pickle
 import re
+import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +16,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from faults import contents  # noqa: E402
 from ranks import dies, loads_placed, resumes, run_ranks, saves_async, saves_placed, trains  # noqa: E402
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType  # noqa: E402
 
 import deltackpt  # noqa: E402
@@ -232,6 +237,83 @@ def test_a_step_is_saved_once_unless_told_and_rules_let_steps_go(tmp_path):
     assert open_run(tmp_path).steps() == [2, 3]
 
 
+def test_what_no_decision_could_say_is_refused_before_anything_is_written(tmp_path):
+    for options in ({"metrics": {"loss": "low"}}, {"metadata": ["a"]}, {"metadata": {"f": id}}, {"keep": 3}):
+        with pytest.raises(InvalidInputError):
+            DeltaStorageWriter(tmp_path, step=1, **options)
+    saved(tmp_path, {"w": torch.ones(2)}, 1, metrics={"loss": True}, metadata={"a": [1]})
+    assert open_run(tmp_path).commit().metrics == {"loss": 1.0}
+
+
+def test_one_rank_is_to_decide_for_all(tmp_path):
+    writer = DeltaStorageWriter(tmp_path, step=1)
+    with pytest.raises(InvalidInputError, match="use_collectives"):
+        writer.set_up_storage_writer(True, rank=0, use_collectives=False)
+
+
+def test_two_saves_at_once_do_not_share_what_is_remembered(tmp_path):
+    weights = torch.randn(1 << 16)
+    saved(tmp_path, {"w": weights}, 0)
+    start = threading.Barrier(2)
+
+    def save(which):
+        for i in range(4):
+            start.wait()
+            saved(tmp_path, {"w": weights + which * 1e-4 + i * 1e-5}, 1 + 2 * i + which)
+
+    threads = [threading.Thread(target=save, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        for which in (0, 1):
+            found = loaded(tmp_path, {"w": torch.zeros(1 << 16)}, step=1 + 2 * i + which)["w"]
+            assert torch.equal(found, weights + which * 1e-4 + i * 1e-5)
+
+
+def test_a_part_that_nobody_decides_keeps_no_gc_waiting_once_its_writer_is_gone(tmp_path):
+    class Failing(DeltaStorageWriter):
+        def finish(self, metadata, results):
+            raise OSError("the coordinator is gone")
+
+    writer = Failing(tmp_path, step=1)
+    with refused(OSError):
+        dcp.save({"w": torch.ones(2)}, storage_writer=writer, no_dist=True)
+    assert len(open_store(tmp_path).backend.list("sessions/")) == 1
+    del writer
+    python_gc.collect()
+    assert not open_store(tmp_path).backend.list("sessions/")
+    saved(tmp_path, {"w": torch.ones(2)}, 1)
+    assert open_run(tmp_path).steps() == [1]
+
+
+def test_a_whole_shard_is_cast_as_torch_casts_a_part(tmp_path):
+    saved(tmp_path, {"w": torch.arange(4.0)}, 1)
+    found = loaded(tmp_path, {"w": torch.zeros(4, dtype=torch.bfloat16)})["w"]
+    assert found.tolist() == [0, 1, 2, 3]
+
+
+def test_a_planner_with_arrays_of_its_own_is_refused(tmp_path):
+    class Odd(DefaultSavePlanner):
+        def create_global_plan(self, plans):
+            plans, metadata = super().create_global_plan(plans)
+            return plans, replace(metadata, planner_data={"w": torch.ones(2)})
+
+    with refused(InvalidInputError, "planner's data"):
+        writer = DeltaStorageWriter(tmp_path, step=1)
+        dcp.save({"w": torch.ones(2)}, storage_writer=writer, planner=Odd(), no_dist=True)
+
+
+def test_the_step_a_job_went_on_from_stays(tmp_path):
+    for step in (1, 2, 3):
+        deltackpt.save({"w": torch.ones(2)}, tmp_path, step=step)
+    for step in (4, 5, 6):
+        report = saved(tmp_path, {"w": torch.ones(2)}, step, keep=last(2))
+    assert open_run(tmp_path).steps() == [3, 5, 6]
+    assert report.forgotten == [4]
+
+
 def test_a_step_that_was_saved_otherwise_is_refused(tmp_path):
     deltackpt.save({"w": torch.ones(2)}, tmp_path, step=1)
     with refused(AssertionError, "was not saved by a DeltaStorageWriter"):
@@ -245,7 +327,7 @@ def good():
         "tensors": {"w": {"0": torch.ones(2), "2": torch.ones(1)}},
         "values": {},
         "sizes": {"w": torch.Size([3])},
-        "requires_grad": [],
+        "requires_grad": {"w": False},
         "planner_data": None,
     }
 
@@ -265,7 +347,8 @@ SPOILT = {
     "two dtypes": {"tensors": {"w": {"0": torch.ones(2), "2": torch.ones(1, dtype=int)}}},
     "no size": {"sizes": {}},
     "a size is a list": {"sizes": {"w": [3]}},
-    "names are lists": {"requires_grad": [[]]},
+    "names are in a list": {"requires_grad": ["w"]},
+    "torch has no such dtype": {"tensors": {"w": {"0": np.ones(3, "f2").astype(ml_dtypes.float8_e4m3)}}},
     "values are a list": {"values": [1]},
 }
 

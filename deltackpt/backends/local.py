@@ -227,17 +227,19 @@ class LocalBackend(Backend):
             try:
                 # Not zeros, which some file systems store as nothing.
                 views = byte_views([secrets.token_bytes(size)])
-                done_size = _move(views, lambda some, _: self._os.writev(fd, some))
+                moved_size = _move(views, lambda some, _: self._os.writev(fd, some))
             finally:
                 self._os.close(fd)
+            done_size = moved_size  # some tell only now that there is no room
         return done_size == size
 
     def spend_reserve(self, share: float = 1.0) -> bool:
         """See `Backend.spend_reserve`."""
         path = f"{self.url}/{_RESERVE}"
         try:
-            left_size = int(self._os.lstat(path).st_size * (1 - share))
-            if 0 < left_size < _RESERVE_SIZE_MIN:
+            size = self._os.lstat(path).st_size
+            left_size = max(int(size * (1 - share)), _RESERVE_SIZE_MIN if share < 1 else 0)
+            if left_size >= size:
                 return False
             self._os.unlink(path)
         except OSError:
@@ -315,6 +317,15 @@ class LocalBackend(Backend):
 
     def list_dirs(self, prefix: str) -> builtins.list[str]:
         """See `Backend.list_dirs`."""
+        for name in self._names(prefix, 0) if prefix else ():
+            # What is behind a link, and may be somewhere else today, must not pass for nothing.
+            try:
+                self._os.lstat(f"{self.url}/{prefix}{name}/.")
+            except NotADirectoryError:
+                continue
+            except OSError:
+                pass
+            self._check_dirs(prefix + name)
         return self._names(prefix, stat.S_IFDIR)
 
     # -- names and errors ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ gc needs to know nothing of ranks.  The state that such a step holds, as any oth
     {"tensors": {name: {"0,0": shard, "128,0": shard, ...}},     shards by their offsets
      "values": {name: what is no tensor},
      "sizes": {name: torch.Size},
-     "requires_grad": [name, ...],
+     "requires_grad": {name: bool},
      "planner_data": what the planner needs to nest it again}
 """
 
@@ -22,8 +22,10 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from operator import gt
 from typing import Any, NamedTuple
@@ -53,16 +55,16 @@ from torch.futures import Future
 
 from deltackpt import leaves, loader, snapshot, tree
 from deltackpt.efforts import Optimize, check_optimize
-from deltackpt.errors import CorruptError, InvalidInputError
+from deltackpt.errors import ConflictError, CorruptError, DeltackptError, InvalidInputError
 from deltackpt.manifest import Manifest, TensorRow
-from deltackpt.records import Commit, Figures, check_run, check_step
+from deltackpt.records import Commit, Fence, Figures, SessionName, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Rule
-from deltackpt.run import Run, open_run
+from deltackpt.run import Run, check_metadata, check_metrics, open_run
 from deltackpt.saver import Saver, What
 from deltackpt.session import Part
 from deltackpt.shadow import SIZE_MAX, Shadow
-from deltackpt.store import open_store
+from deltackpt.store import Store, open_store
 from deltackpt.structure import Json, Leaf, view_node
 from deltackpt.tally import folded
 from deltackpt.types import State
@@ -163,15 +165,24 @@ class DeltaStorageWriter(StorageWriter):
         self.store = os.fspath(store)
         self.run = check_run(run)
         self.step = None if step is None else check_step(step)
+        if not isinstance(keep, Rule | None):
+            raise InvalidInputError(
+                f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
+            )
         self.keep = keep
         self.overwrite = overwrite
         self.optimize = check_optimize(optimize)
         self.shadow = shadow
         self.allow_pickle = allow_pickle
-        self.metrics = metrics or {}
-        self.metadata = metadata or {}
+        self.metrics = check_metrics(metrics or {})
+        self.metadata = check_metadata(metadata or {})
         self.report: SaveReport | None = None
         self._start_s = 0.0
+        #: Gives up what this rank handed over, if nobody decided it; when it is known that nobody will.
+        self._give_up: weakref.finalize[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_give_up": None}
 
     # -- what torch calls, in this order
 
@@ -182,8 +193,15 @@ class DeltaStorageWriter(StorageWriter):
         self.report = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Check that a step is named."""
+        """Check that a step is named, and that one rank is to decide for all."""
         self._start_s = time.perf_counter()
+        if self._give_up is not None:
+            self._give_up()  # the save before is over
+        if not kwargs.get("use_collectives", True):
+            raise InvalidInputError(
+                "dcp.save: use_collectives=False would have every rank decide the step alone",
+                hint="leave it out",
+            )
         if self.step is None:
             raise InvalidInputError(
                 "dcp.save: no step is named", hint="DeltaStorageWriter(..., step=100), or checkpoint_id='100'"
@@ -202,35 +220,19 @@ class DeltaStorageWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         results = [WriteResult(item.index, _size(item), None) for item in plan.items]
         if results:  # once: all of this rank's items are written together
-            written = self._write(_local(plan.items, planner))
+            with _taken(self) as saver:
+                written = self._write(_local(plan.items, planner), saver)
+            self._give_up = weakref.finalize(self, _give_up, saver.store, written.part.name)
             results[0] = replace(results[0], storage_data=written)
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Decide the step, once every rank has written its part; visible to all on return."""
-        saver = _saver(self)
         everything = [rank[0].storage_data for rank in results if rank]
-        assert self.step is not None
-        what = What(self.step, self.metrics, self.metadata, self.overwrite, self.optimize)
-        session = saver.open(what)
-        with session.losing(), session:
-            manifest = _manifest(metadata, everything)
-            data = manifest.to_bytes()
-            session.publish(data, [written.part for written in everything])
-            figures = _figures([written.figures for written in everything], session.written_size)
-            before = session.superseded
-            commit = session.commit(
-                data,
-                parent=before.parent if before else saver.last_step,
-                metrics=what.metrics,
-                metadata=what.metadata,
-                figures=figures,
-            )
-        saver.last_step = commit.slot.step
-        self.report = replace(_report(commit), total_s=time.perf_counter() - self._start_s)
-        if self.keep is not None:
-            self._let_go()
+        with open_run(self.store, self.run, keep=self.keep) as run:
+            report = run.retaining(lambda: self._decide(metadata, everything))
+        self.report = replace(report, total_s=time.perf_counter() - self._start_s)
         log.info("%s", self.report)
 
     @classmethod
@@ -248,8 +250,7 @@ class DeltaStorageWriter(StorageWriter):
 
     # -- below
 
-    def _write(self, state: State) -> _Written:
-        saver = _saver(self)
+    def _write(self, state: State, saver: Saver) -> _Written:
         assert self.step is not None
         session = saver.open(What(self.step, {}, {}, self.overwrite, self.optimize))
         with session.losing(), session:
@@ -273,13 +274,25 @@ class DeltaStorageWriter(StorageWriter):
         nodes = {kind: node["map"] for kind, node in saved.manifest.structure["map"].items()}
         return _Written(part, saved.manifest.tensors, nodes, figures)
 
-    def _let_go(self) -> None:
-        assert self.report is not None
-        with open_run(self.store, self.run, keep=self.keep) as run:
-            goes = [step for step in run.retention().goes if step != self.step]
-            if goes:
-                run.forget(goes)
-        self.report = replace(self.report, forgotten=goes)
+    def _decide(self, metadata: Metadata, everything: Sequence[_Written]) -> tuple[SaveReport, int | None]:
+        """Commit what all ranks have written; the report, and the latest step there was at first."""
+        assert self.step is not None
+        what = What(self.step, self.metrics, self.metadata, self.overwrite, self.optimize)
+        with _taken(self) as saver:
+            session = saver.open(what)
+            with session.losing(), session:
+                data = _manifest(metadata, everything).to_bytes()
+                session.publish(data, [written.part for written in everything])
+                before = session.superseded
+                commit = session.commit(
+                    data,
+                    parent=before.parent if before else saver.last_step,
+                    metrics=what.metrics,
+                    metadata=what.metadata,
+                    figures=_figures([written.figures for written in everything], session.written_size),
+                )
+            saver.last_step = commit.slot.step
+            return _report(commit), saver.found_step
 
 
 class DeltaStorageReader(StorageReader):
@@ -347,17 +360,21 @@ class DeltaStorageReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Have all ranks read the step that the coordinator has found: there may be a later one by now."""
+        """Have all ranks read what the coordinator has found: a later step may be there by now."""
         assert self._opened is not None
-        return [replace(plan, storage_data=self._opened.commit.slot.step) for plan in plans]
+        return [replace(plan, storage_data=self._opened.commit.slot) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this rank wants, into its tensors."""
         assert self._opened is not None
-        if plan.storage_data not in (None, self._opened.commit.slot.step):  # saved between two ranks' looks
-            self.step = plan.storage_data
+        chosen = plan.storage_data
+        if chosen is not None and self._opened.commit.slot != chosen:
+            self.step = chosen.step
             self.read_metadata()
+            if self._opened.commit.slot != chosen:
+                raise _changed(self._opened.commit)
         self._opened.read(plan.items, planner)
+        self._opened.run.close()  # and the files that were read
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -423,10 +440,15 @@ def _manifest(metadata: Metadata, everything: Sequence[_Written]) -> Manifest:
     rest = tree.flatten(
         {
             "sizes": {fqn: m.size for fqn, m in tensors.items()},
-            "requires_grad": [fqn for fqn, m in tensors.items() if m.properties.requires_grad],
+            "requires_grad": {fqn: m.properties.requires_grad for fqn, m in tensors.items()},
             "planner_data": metadata.planner_data,
         }
     )
+    if rest.tensors:
+        raise InvalidInputError(
+            f"dcp.save: the planner's data has {rest.tensors[0].name!r}, an array or a long text",
+            hint="use DefaultSavePlanner, or one that is derived from it",
+        )
     return Manifest(
         {"map": {**{kind: {"map": node} for kind, node in nodes.items()}, **rest.structure["map"]}}, rows
     )
@@ -503,11 +525,8 @@ class _Step(NamedTuple):
     def _check(self) -> None:
         """Refuse what no writer has written: a store's files are anybody's."""
         tensors, sizes, values = self.state["tensors"], self.state["sizes"], self._values()
-        if not all(isinstance(x, dict) for x in (tensors, sizes, values)):
-            raise CorruptError("tensors, sizes or values are no dicts")
-        grads = self.state["requires_grad"]
-        if not isinstance(grads, list) or not all(isinstance(fqn, str) for fqn in grads):
-            raise CorruptError("requires_grad is no list of names")
+        if not all(isinstance(x, dict) for x in (tensors, sizes, values, self.state["requires_grad"])):
+            raise CorruptError("tensors, sizes, requires_grad or values are no dicts")
         for fqn, shards in tensors.items():
             size = sizes.get(fqn)
             if not isinstance(size, torch.Size) or not isinstance(shards, dict) or not shards:
@@ -526,6 +545,8 @@ class _Step(NamedTuple):
                     )
                 if self._dtype(leaf) != self._dtype(next(iter(shards.values()))):
                     raise CorruptError(f"tensor {fqn!r}: its shards are of several dtypes")
+                if not isinstance(getattr(torch, self._dtype(leaf), None), torch.dtype):
+                    raise CorruptError(f"tensor {fqn!r}: torch has no {self._dtype(leaf)}")
 
     def _values(self) -> Any:
         node = self.manifest.structure["map"]["values"]
@@ -533,14 +554,15 @@ class _Step(NamedTuple):
 
     def metadata(self) -> Metadata:
         found: dict[str, Any] = {}
-        grads = set(self.state["requires_grad"])
         for fqn, shards in self.state["tensors"].items():
             dtype = self._dtype(next(iter(shards.values())))
             chunks = [
                 ChunkStorageMetadata(_offsets(key, self._shape(leaf)), torch.Size(self._shape(leaf)))
                 for key, leaf in shards.items()
             ]
-            properties = TensorProperties(dtype=getattr(torch, dtype), requires_grad=fqn in grads)
+            properties = TensorProperties(
+                dtype=getattr(torch, dtype), requires_grad=self.state["requires_grad"].get(fqn) is True
+            )
             found[fqn] = TensorStorageMetadata(properties, self.state["sizes"][fqn], chunks)
         found |= {fqn: BytesStorageMetadata() for fqn in self._values()}
         where = StorageMeta(checkpoint_id=str(self.commit.slot.step))
@@ -554,9 +576,13 @@ class _Step(NamedTuple):
                 if item.type is LoadItemType.BYTE_IO:
                     self._load_value(item, planner)
                     continue
-                leaf = self.state["tensors"][item.storage_index.fqn][_key(item.storage_index)]
+                leaf = self.state["tensors"].get(item.storage_index.fqn, {}).get(_key(item.storage_index))
+                if leaf is None:
+                    raise _changed(self.commit)
                 target = planner.resolve_tensor(item).detach()
-                if tuple(item.lengths) == self._shape(leaf):
+                # A part is cast as torch does.
+                is_same_kind = target.dtype == getattr(torch, self._dtype(leaf))
+                if tuple(item.lengths) == self._shape(leaf) and is_same_kind:
                     whole.append((item, leaf, target))
                     continue
                 index = tuple(
@@ -573,7 +599,10 @@ class _Step(NamedTuple):
 
     def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         """Give a value to the planner, which takes pickles only: one that this process has just made."""
-        node = self._values()[item.storage_index.fqn]
+        values = self._values()
+        if item.storage_index.fqn not in values:
+            raise _changed(self.commit)
+        node = values[item.storage_index.fqn]
         value = loader.load(
             self.run.store,
             Manifest(node, self.manifest.tensors),
@@ -590,6 +619,13 @@ class _Step(NamedTuple):
 
     def _shape(self, leaf: Leaf) -> tuple[int, ...]:
         return leaf.view.layout.shape if leaf.view.layout else self.manifest.tensors[leaf.at].shape
+
+
+def _changed(commit: Commit) -> ConflictError:
+    return ConflictError(
+        f"run {commit.slot.run!r} step {commit.slot.step}: was saved while the ranks looked at it",
+        hint="load again",
+    )
 
 
 def _offsets(key: str, shape: tuple[int, ...]) -> torch.Size:
@@ -614,19 +650,42 @@ _savers: OrderedDict[tuple[str, str], Saver] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _saver(of: DeltaStorageWriter) -> Saver:
-    """Return the one who saved this run's last step from this process: it knows what did not change."""
+@contextmanager
+def _taken(of: DeltaStorageWriter) -> Iterator[Saver]:
+    """Take who saved this run's last step from this process: it knows what did not change.
+
+    For one save at a time: another that comes meanwhile begins anew, as does one after an error.
+    """
     key = (os.path.abspath(of.store), of.run)  # noqa: PTH100 - a key, links kept
     store = open_store(of.store, create=True)
     with _lock:
-        saver = _savers.get(key)
-        if saver is None or saver.store.descriptor_bytes != store.descriptor_bytes:
-            saver = Saver(store, of.run, Shadow(of.shadow))
-        _savers[key] = saver
-        _savers.move_to_end(key)
-        while len(_savers) > _N_SAVERS_MAX:
-            _savers.popitem(last=False)
-    return saver
+        saver = _savers.pop(key, None)
+    if saver is None or saver.store.descriptor_bytes != store.descriptor_bytes:
+        saver = Saver(store, of.run, Shadow(of.shadow))
+    try:
+        yield saver
+    except BaseException:
+        saver.forget()
+        raise
+    finally:
+        with _lock:
+            _savers[key] = saver
+            while len(_savers) > _N_SAVERS_MAX:
+                _savers.popitem(last=False)
+
+
+def _give_up(store: Store, name: SessionName) -> None:
+    """End what a rank handed over and nobody decided: while its process lives gc would wait for it.
+
+    By a fence, and not by taking its record away: a coordinator that is only slow must not decide it then.
+    """
+    try:
+        if store.refs.decision(name.slot) is None:
+            with suppress(ConflictError):
+                store.refs.decide(Fence(name.slot, name.sid))
+        store.backend.delete(name.key)
+    except DeltackptError as e:
+        log.warning("session %s left behind: %s", name.sid.hex(), e.message)
 
 
 def _forget_savers() -> None:

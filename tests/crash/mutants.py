@@ -254,7 +254,7 @@ def _(patch):
     patch.setattr(lz4, "encode", lambda data: lz4.lz4.block.compress(data, store_size=False))
 
 
-@mutant("a fork does not look its chunks up", "a fork beside an unfinished gc")
+@mutant("a fork does not look its chunks up", "a fork beside a forget and a gc")
 def _(patch):
     patch.setattr(run, "take_over", lambda session, manifest: None)
 

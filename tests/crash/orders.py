@@ -22,7 +22,7 @@ from steps import collect, opened
 from deltackpt import gc, snapshot
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
-from deltackpt.errors import AlreadyExistsError, ConflictError, StorageError
+from deltackpt.errors import AlreadyExistsError, ConflictError, NotFoundError, StorageError
 from deltackpt.memory import Memory
 from deltackpt.records import Figures
 from deltackpt.session import Session
@@ -43,7 +43,7 @@ class Order:
 
 
 #: What a writer, or a gc, may be told that another has got in the way of.
-_TYPED = (ConflictError, AlreadyExistsError, StorageError)
+_TYPED = (ConflictError, AlreadyExistsError, NotFoundError, StorageError)
 
 
 def saves(step: int, of: int, **kwargs) -> Act:
@@ -72,6 +72,9 @@ ORDERS = {
     "a gc that waits, beside a save": Order(saved(1), [saves(2, of=1), many(forgot(1), waits)]),
     "a save beside a gc": Order(many(saved(1, 2), forgot(1)), [collect, saves(3, of=1)]),
     "two saves of one step": Order(saved(1), [saves(2, of=1), saves(2, of=1, seed=3)]),
+    "a fork beside a forget and a gc": Order(
+        saved(1), [lambda b: opened(b).fork("fork", step=1), many(forgot(1), waits)]
+    ),
     "two gcs": Order(many(saved(1, 2), forgot(1)), [collect, collect]),
     "a writer that opens its session once gc has drained": Order(
         saved(1),

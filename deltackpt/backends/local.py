@@ -132,7 +132,7 @@ class LocalBackend(Backend):
         self._lock = threading.Lock()
         self._barrier_lock = threading.Lock()
         # Directories to flush; those whose own name is not yet known to be durable; those where it is. For
-        # the place where the store already is, that is taken for granted.
+        # the place where the store already is, that is taken for granted, unless it is being made.
         self._dirty: set[Path] = set()
         self._fresh: set[Path] = set()
         self._durable = {self._root, *self._root.parents}

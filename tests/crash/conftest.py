@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import sys
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what all tests share
 
-from runs import SEED
-
-total: Counter[str] = Counter()
+from runs import SEED, total
 
 
 @pytest.fixture(scope="session")

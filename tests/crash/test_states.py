@@ -7,11 +7,10 @@ found out.  `CRASH_STATES=all pytest tests/crash` leaves nothing out; `CRASH_SEE
 import orders
 import pytest
 import states
-from conftest import total
 from hunt import hunt
 from mutants import BROKEN
 from orders import ORDERS
-from runs import EFFORT, ORDER_SHARE, SEED
+from runs import EFFORT, ORDER_SHARE, SEED, total
 from scenarios import NAMES
 
 

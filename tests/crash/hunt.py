@@ -10,8 +10,8 @@ import states
 from mutants import BROKEN
 from states import Effort, ViolationError
 
-#: What is tried, the cheapest first: loads, then what comes next, then successors.
-EFFORTS = [Effort(4, 0, 0), Effort(4, 0.5, 0), Effort(4, 0.1, 1.0)]
+#: What is tried, the cheapest first: loads, then successors, then what comes next.
+EFFORTS = [Effort(4, 0, 0), Effort(4, 0, 1.0), Effort(4, 0.5, 0)]
 
 
 def hunt(name: str, seed: int) -> str | None:

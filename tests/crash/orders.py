@@ -118,13 +118,12 @@ def explore(name: str, share: float, seed: int) -> Counter[str]:
             _try(scenario, order, order.plan(), name)
             return Counter(orders=1)
         n_first, n_second = _try(scenario, order, [], "one after the other")
-        for first in range(n_first):
-            for second in (None, rng.randrange(n_second)):
-                if rng.random() < share:
-                    stop = never if second is None else at_call(second)
-                    plan = [(0, at_call(first)), (1, stop)]
-                    _try(scenario, order, plan, f"call {first}, then {second} of the other")
-                    count["orders"] += 1
+        places = [(first, second) for first in range(n_first) for second in (None, rng.randrange(n_second))]
+        for first, second in rng.sample(places, int(share * len(places))):
+            stop = never if second is None else at_call(second)
+            plan = [(0, at_call(first)), (1, stop)]
+            _try(scenario, order, plan, f"call {first}, then {second} of the other")
+            count["orders"] += 1
     return count
 
 

@@ -182,7 +182,7 @@ def _(patch):
         self._backend.barrier("manifests")
         return done
 
-    patch.setattr(Session, "publish", lambda self, manifest: publish(self, None))
+    patch.setattr(Session, "publish", lambda self, manifest, parts=(): publish(self, None, parts))
     patch.setattr(Session, "commit", committed)
 
 
@@ -230,6 +230,17 @@ def _(patch):
             start(self, store, slot, optimize)
 
     patch.setattr(Session, "_start", started)
+
+
+@mutant("a rank's session record goes before the decision", "a gc that waits, beside two ranks")
+def _(patch):
+    hand_over = Session.hand_over
+
+    def handed_over(self):
+        self._backend.delete(self.name.key)
+        return hand_over(self)
+
+    patch.setattr(Session, "hand_over", handed_over)
 
 
 @mutant("what was replaced is forgotten before the decision", TWICE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from actors import Actor, Stop, at_call, before, behind, never, pausing
 from claims import Claims, found_in
-from scenarios import ROOT, Act, Scenario, limits, prepared
+from scenarios import ROOT, Act, Scenario, limits, prepared, ranks
 from scenes import forgot, many, saved, state
 from states import ViolationError, at_once, check_allowed, check_usable
 from steps import collect, opened
@@ -72,6 +72,7 @@ ORDERS = {
     "a gc that waits, beside a save": Order(saved(1), [saves(2, of=1), many(forgot(1), waits)]),
     "a save beside a gc": Order(many(saved(1, 2), forgot(1)), [collect, saves(3, of=1)]),
     "two saves of one step": Order(saved(1), [saves(2, of=1), saves(2, of=1, seed=3)]),
+    "a gc that waits, beside two ranks": Order(saved(1), [ranks(2, of=1), many(forgot(1), waits)]),
     "a fork beside a forget and a gc": Order(
         saved(1), [lambda b: opened(b).fork("fork", step=1), many(forgot(1), waits)]
     ),
@@ -131,6 +132,7 @@ def _try(scenario: Scenario, order: Order, plan: Plan, told: str) -> list[int]:
     """Act in this order and then to the end; how many calls each made."""
     disk = scenario.disk()
     claims = Claims(lambda: len(disk.changes), found_in(LocalBackend(ROOT, calls=disk)))
+    disk.claims = claims
     actors = [Actor(LocalBackend(ROOT, calls=disk), act) for act in order.acts]
     with claims.noting(), pausing(disk):
         for who, stop in [*plan, *((i, never) for i in range(len(actors)))]:

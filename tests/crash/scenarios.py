@@ -16,17 +16,21 @@ import numpy as np
 import pytest
 import scenes
 from actors import Actor, at_call, pausing
+from claims import frozen
 from disk import Disk
 from faults import contents
 from scenes import forgot, many, nothing, saved, state
 from steps import opened
 
-from deltackpt import gc, index, series
+from deltackpt import gc, index, series, snapshot
 from deltackpt.backends import Backend
 from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import StorageError
-from deltackpt.session import Session
+from deltackpt.memory import Memory
+from deltackpt.records import Figures
+from deltackpt.session import Part, Session
+from deltackpt.shadow import Shadow
 from deltackpt.store import DIRS, open_store
 
 #: Two directories that are not there yet.
@@ -142,6 +146,52 @@ def two_at_once(disk: Disk) -> None:
         )
         for run in runs
     ]
+    by_turns(disk, actors)
+
+
+def rank(backend: Backend, step: int, part: dict) -> tuple[Part, bytes]:
+    """One rank's part of a step, published and handed over, and its manifest."""
+    with Session(open_store(backend), "main", step) as session:
+        manifest = snapshot.save(session, part, lambda _: Memory(), Shadow(0)).manifest
+        session.publish(None)
+        return session.hand_over(), manifest.to_bytes()
+
+
+def decide(backend: Backend, step: int, whole: bytes, parts: list[Part]) -> None:
+    """The step of several ranks, by one that has written nothing itself and looks nothing up."""
+    with Session(open_store(backend), "main", step) as session:
+        session.publish(whole, parts)
+        session.commit(whole, parent=None, metrics={}, metadata={}, figures=Figures())
+
+
+def ranks(step: int, of: int) -> Act:
+    """Two ranks of what another step has, one after the other, and the decision."""
+
+    def act(backend: Backend) -> None:
+        with promising(backend)((("main", step), frozen(state(of)))):
+            part, whole = rank(backend, step, state(of))
+            other, _ = rank(backend, step, {"moves": state(of)["moves"]})
+            decide(backend, step, whole, [part, other])
+
+    return act
+
+
+def ranks_at_once(disk: Disk) -> None:
+    """Two ranks by turns, three calls each, and the decision."""
+    backend = LocalBackend(ROOT, calls=disk)
+    told: dict[int, tuple[Part, bytes]] = {}
+
+    def act(i: int, part: dict) -> Callable[[Backend], None]:
+        return lambda own: told.update({i: rank(own, 3, part)})
+
+    with promising(backend)((("main", 3), frozen(state(3)))):
+        acts = [act(0, state(3)), act(1, {"moves": state(3)["moves"]})]
+        by_turns(disk, [Actor(LocalBackend(ROOT, calls=disk), one) for one in acts])
+        decide(backend, 3, told[0][1], [told[0][0], told[1][0]])
+
+
+def by_turns(disk: Disk, actors: list[Actor]) -> None:
+    """All of what they do, three calls each."""
     with pausing(disk):
         while not all(actor.is_over for actor in actors):
             for actor in actors:
@@ -149,6 +199,11 @@ def two_at_once(disk: Disk) -> None:
     for actor in actors:
         if actor.error:
             raise actor.error
+
+
+def promising(backend: Backend) -> Callable:
+    """The claims of the recording that a disk is part of."""
+    return backend._os.claims.claiming
 
 
 def condemns(backend: Backend) -> None:
@@ -161,6 +216,7 @@ def condemns(backend: Backend) -> None:
 MORE: dict[str, tuple[Act, Callable[[Disk], None]]] = {
     "a store is made": (nothing, on_store(opened)),
     "an import": (saved(1), on_store(imports)),
+    "two ranks of a step": (saved(1), ranks_at_once),
     "two writers at once": (saved(1), two_at_once),
     "a save whose pack cannot be flushed at first": (saved(1), a_flush_fails(0)),
     "a save whose decision cannot be flushed": (saved(1), a_flush_fails(5)),

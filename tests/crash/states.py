@@ -114,6 +114,7 @@ class _Explorer:
             before = found_in(backend)
             self._listed = frozenset(open_store(backend).refresh().packs)
         claims = Claims(lambda: len(disk.changes), before)
+        disk.claims = claims
         with claims.noting():
             self._scenario.act(disk)
         self.count["changes"] = len(disk.changes)

@@ -163,6 +163,7 @@ class LocalBackend(Backend):
         """See `Backend.rely_on`."""
         with self._lock:
             self._is_relied_on = True
+            self._durable.update((self._root, *self._root.parents))
             self._durable.update(self._root / check_name(name) for name in names)
 
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:

@@ -117,6 +117,17 @@ def _(patch):
     patch.setattr(LocalBackend, "_doubt_place", lambda self: None)
 
 
+@mutant("a store's descriptor is taken to be durable", FIRST)
+def _(patch):
+    prepare = Store.prepare_to_write
+
+    def prepared(self):
+        self.backend.rely_on(self.backend.list_dirs(""))
+        prepare(self)
+
+    patch.setattr(Store, "prepare_to_write", prepared)
+
+
 @mutant("a failed flush is tried again", "a save whose pack cannot be flushed at first")
 def _(patch):
     commit = local._LocalWriter.commit

@@ -53,7 +53,7 @@ R = TypeVar("R")
 
 DESCRIPTOR = "deltackpt.json"
 DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "tmp")
-#: Made once all else is durable, so whoever finds it need not flush that.  It may be lost: nothing in it lasts.
+#: Made once all else is durable, so whoever finds it need not flush that.  Nothing in it lasts.
 LAST_DIR = "sessions"
 _FIRST_DIRS = tuple(name for name in DIRS if name != LAST_DIR)
 #: No chain is deeper; on file so that every writer of a store keeps to the same bound.

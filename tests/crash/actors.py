@@ -62,7 +62,7 @@ class Actor(threading.Thread):
             self.start()
         else:
             self._go.release()
-        self._halted.acquire()
+        assert self._halted.acquire(timeout=120), "an actor hangs"
 
     def pause_before(self, call: str, args: tuple) -> None:
         if self._stop(call, args):
@@ -85,7 +85,8 @@ def pausing(disk: Disk) -> Iterator[None]:
 
     def hook(call: str, *args: object) -> None:
         actor = threading.current_thread()
-        if isinstance(actor, Actor):
+        # A close may come from the interpreter's tidying up, in the middle of another call.
+        if isinstance(actor, Actor) and call != "close":
             actor.pause_before(call, args)
 
     disk.hook = hook

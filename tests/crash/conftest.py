@@ -13,18 +13,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # what all tests share
 from runs import SEED, total
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def results(request):
     """What becomes of each job that was asked for; all are begun when the first is waited for."""
-    jobs = [item.callspec.params["job"] for item in request.session.items if _has_job(item)]
+    items = [item for item in request.session.items if item.path == request.path]
+    jobs = [item.callspec.params["job"] for item in items if hasattr(item, "callspec")]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
         yield {job: pool.submit(*job) for job in jobs}
         pool.shutdown(cancel_futures=True)
-
-
-def _has_job(item):
-    return "job" in getattr(getattr(item, "callspec", None), "params", {})
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -281,7 +281,7 @@ def _(patch):
     patch.setattr(run, "take_over", lambda session, manifest: None)
 
 
-@mutant("what is condemned is used", "a save beside an unfinished gc", SAVES)
+@mutant("what is condemned is used", SAVES)
 def _(patch):
     start = Session._start
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from deltackpt.backends import Backend
@@ -256,9 +257,11 @@ class Refs:
         for run in self.runs():
             listing = self.listing(run)
             if listing != self._settled.get(run) and listing.slots:
-                # It is there; but finding a name taken has a barrier flush its directory.
+                # Finding a name taken has a barrier flush its directory.  The same bytes: if a repair moves
+                # it away meanwhile, no other decision takes its place.
                 key = listing.slots[0].key
-                self._backend.create_once(key, b"")
+                with suppress(NotFoundError):
+                    self._backend.create_once(key, self._backend.read(key))
                 self._backend.barrier(f"refs/{run}", "refs")
                 self._settled[run] = listing
 

@@ -16,7 +16,7 @@ from actors import Actor, Stop, at_call, before, behind, never, pausing
 from claims import Claims, found_in
 from scenarios import ROOT, Act, Scenario, limits, prepared, ranks
 from scenes import forgot, many, saved, state
-from states import ViolationError, at_once, check_allowed, check_usable
+from states import BROKEN, ViolationError, at_once, check_allowed, check_usable
 from steps import collect, opened
 
 from deltackpt import gc, snapshot
@@ -143,7 +143,7 @@ def _try(scenario: Scenario, order: Order, plan: Plan, told: str) -> list[int]:
                 raise actor.error
         found = found_in(LocalBackend(ROOT, calls=disk))
         check_allowed(found, claims.allowed(len(disk.changes)))
-        check_usable(disk.upto(len(disk.changes)), found)
-    except Exception as e:
+        check_usable(disk.upto(len(disk.changes)), found, scenario)
+    except BROKEN as e:
         raise ViolationError(f"{told}: {type(e).__name__}: {e}") from e
     return [actor.n_calls for actor in actors]

@@ -29,6 +29,7 @@ from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import StorageError
 from deltackpt.memory import Memory
 from deltackpt.records import Figures
+from deltackpt.repair import repair
 from deltackpt.session import Part, Session
 from deltackpt.shadow import Shadow
 from deltackpt.store import DIRS, open_store
@@ -44,6 +45,8 @@ class Scenario:
     objects: dict[str, bytes]
     act: Callable[[Disk], None]
     may_ask: bool = False
+    #: Whether something is damaged, so that a repair comes before a verify.
+    is_damaged: bool = False
 
     def disk(self) -> Disk:
         """The disk as it is before, all of it durable."""
@@ -206,6 +209,23 @@ def promising(backend: Backend) -> Callable:
     return backend._os.claims.claiming
 
 
+def with_a_bad_pack(backend: Backend) -> None:
+    """Two copies of each chunk, one of them in a pack with a damaged byte; and no index files."""
+    other = Session(open_store(backend, create=True), "other", 1)
+    other.look_up(np.zeros((0, 32), np.uint8))  # it looks before the save below, and so knows nothing of it
+    saved(1)(backend)
+    data = snapshot.save(other, state(1), lambda _: Memory(), Shadow(0)).manifest.to_bytes()
+    other.publish(data)
+    other.commit(data, parent=None, metrics={}, metadata={}, figures=Figures())
+    for entry in backend.list("index/"):
+        backend.delete(entry.name)
+    bad = f"packs/{other.sid.hex()}-0-0.pack"
+    damaged = bytearray(backend.read(bad))
+    damaged[300] ^= 1
+    backend.delete(bad)
+    backend.create_once(bad, damaged)
+
+
 def condemns(backend: Backend) -> None:
     """A gc that has to wait for a writer at work."""
     with Session(open_store(backend), "main", 8):
@@ -223,6 +243,7 @@ MORE: dict[str, tuple[Act, Callable[[Disk], None]]] = {
     "a save whose writes are short": (saved(1), writes_are_short),
     "a save whose pack is lost at once": (saved(1), a_pack_is_lost),
     "a save while lz4 errs": (saved(1), on_store(lz4_errs)),
+    "a repair": (with_a_bad_pack, on_store(repair)),
     "a gc that condemns and waits": (many(saved(1, 2, 3), forgot(2)), on_store(condemns)),
 }
 NAMES = [*scenes.SCENES, *MORE]
@@ -237,4 +258,4 @@ def made(name: str) -> Iterator[Scenario]:
             yield Scenario(scene.objects, on_store(scene.act), scene.may_ask)
         else:
             prepare, act = MORE[name]
-            yield Scenario(prepared(prepare), act)
+            yield Scenario(prepared(prepare), act, is_damaged=name == "a repair")

@@ -338,7 +338,10 @@ class _Gc:
         for run in refs.runs():
             commits = refs.commits(run)  # listed once: an attempt that comes later is no older one
             newest = {commit.slot.step: commit for commit in commits}
-            refs.forget(commit.slot for commit in commits if commit is not newest[commit.slot.step])
+            superseded = [c.slot for c in commits if c is not newest[c.slot.step]]
+            if superseded:
+                refs.settle()  # or the newer one could be lost, and the tombstone of the older one not
+                refs.forget(superseded)
 
     # -- rewriting
 
@@ -471,6 +474,7 @@ class _Gc:
         if not self._backend.exists(f"gc/sweep-{cycle}"):
             seen = self._look()
             kept = seen.needed_from(condemned)
+            self._store.refs.settle()
             record = GcRecord("sweep", cycle, condemned - kept, seen.n_refs, len(seen.packs))
             self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
             self._backend.barrier("gc")
@@ -495,9 +499,11 @@ class _Gc:
         # Listed before the sessions: whatever was there then belongs to a session listed now, or to none.
         open_sids = {name.sid.hex() for name in self._store.sessions()}
         committed = {c.manifest_key for run in self._store.refs.runs() for c in self._store.refs.commits(run)}
-        for key in manifests:
-            if key not in committed and sid_of(key) not in {None, *open_sids}:
-                self._delete(key)
+        orphans = [k for k in manifests if k not in committed and sid_of(k) not in {None, *open_sids}]
+        if orphans:
+            self._store.refs.settle()
+        for key in orphans:
+            self._delete(key)
         for key in temporary:
             owner = _TEMPORARY.fullmatch(key)
             if owner and (owner[1] not in open_sids if owner[1] else not open_sids):

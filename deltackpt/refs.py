@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from deltackpt.backends import Backend
@@ -53,6 +54,7 @@ class Refs:
         self._backend = backend
         self._known: dict[Slot, Commit | Fence] = {}
         self._tombstones: frozenset[Slot] = frozenset()  # those seen; replaced, never changed
+        self._settled: dict[str, Listing] = {}  # by run, what is known to be durable
 
     def runs(self) -> list[str]:
         """Return the names of all runs, sorted; gc's own sessions and foreign directories are none."""
@@ -246,6 +248,22 @@ class Refs:
             self._tombstones |= {slot}
             runs.add(slot.run)
         self._backend.barrier(*(f"refs/{run}" for run in sorted(runs)))
+
+    def settle(self) -> None:
+        """Make durable what was decided and forgotten in every run, whoever did: they may have died before.
+
+        For gc: what it deletes must not come back into use with a tombstone that a power loss takes.
+        """
+        for run in self.runs():
+            listing = self.listing(run)
+            if listing != self._settled.get(run) and listing.slots:
+                # Finding a name taken has a barrier flush its directory.  The same bytes: if a repair moves
+                # it away meanwhile, no other decision takes its place.
+                key = listing.slots[0].key
+                with suppress(NotFoundError):
+                    self._backend.create_once(key, self._backend.read(key))
+                self._backend.barrier(f"refs/{run}", "refs")
+                self._settled[run] = listing
 
     # -- pins
 

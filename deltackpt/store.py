@@ -53,6 +53,9 @@ R = TypeVar("R")
 
 DESCRIPTOR = "deltackpt.json"
 DIRS = ("packs", "index", "manifests", "sessions", "refs", "gc", "quarantine", "tmp")
+#: Made once all else is durable, so whoever finds it need not flush that.  Nothing in it lasts.
+LAST_DIR = "sessions"
+_FIRST_DIRS = tuple(name for name in DIRS if name != LAST_DIR)
 #: No chain is deeper; on file so that every writer of a store keeps to the same bound.
 DEPTH_MAX = 8
 #: What a record's one byte of depth can say.
@@ -125,7 +128,11 @@ class Store:
             if self._is_prepared:
                 return
             there = set(self.backend.list_dirs(""))
-            # The descriptor was created after the barrier that made them durable.
+            if LAST_DIR not in there:
+                # Whoever made the store may have died before all of it was durable.
+                self.backend.make_dirs(_FIRST_DIRS)
+                self.backend.barrier()
+                there.update(_FIRST_DIRS)
             self.backend.rely_on(there.intersection(DIRS))
             # A copy made by a tool that drops empty directories lacks some.
             self.backend.make_dirs(sorted(set(DIRS) - there))
@@ -517,7 +524,7 @@ def _check_only_ours(backend: Backend) -> None:
 
 def _create(backend: Backend) -> None:
     _check_only_ours(backend)
-    backend.make_dirs(DIRS)
+    backend.make_dirs(_FIRST_DIRS)
     backend.probe()
     backend.barrier()
     body = {
@@ -531,4 +538,5 @@ def _create(backend: Backend) -> None:
     # After the barrier: whoever finds a descriptor may rely on the directories.
     backend.create_once(DESCRIPTOR, seal(body))
     backend.barrier()
+    backend.make_dirs([LAST_DIR])
     backend.keep_reserve()

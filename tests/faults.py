@@ -21,7 +21,11 @@ class Cut(BaseException):
 
 
 class HookedOs(Os):
-    """System calls, counted by name; `hook(name, *args)` runs before each and may raise in its place."""
+    """System calls that can be recorded, failed, torn, delayed, or the last ones of their process.
+
+    `hook(call, *args)` runs before each: it may note it, raise in its place, wait, or kill.  Of a writev or a
+    preadv it may return how many bytes are to be moved at most.  Calls are counted by name.
+    """
 
     def __init__(self, hook=lambda call, *args: None):
         self.n_calls = Counter()
@@ -31,10 +35,22 @@ class HookedOs(Os):
 def _hooked(name):
     def call(self, *args):
         self.n_calls[name] += 1
-        self.hook(name, *args)
+        size_max = self.hook(name, *args)
+        if size_max is not None and name in ("writev", "preadv"):
+            fd, views, *rest = args
+            args = (fd, _cut(views, size_max), *rest)
         return getattr(Os, name)(self, *args)
 
     return call
+
+
+def _cut(views, size_max):
+    """The first `size_max` bytes of some buffers."""
+    kept = []
+    for view in views:
+        kept.append(view[:size_max])
+        size_max -= len(kept[-1])
+    return kept
 
 
 for _name in [name for name in vars(Os) if not name.startswith("_")]:

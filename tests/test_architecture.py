@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -127,6 +127,24 @@ def test_only_backends_touch_storage(name: str):
     for module, harmless in HARMLESS.items():
         attributes = {n.partition(".")[2] for n in used if n.startswith(f"{module}.")}
         assert attributes <= harmless
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if top(n) == "backends"))
+def test_of_the_backends_only_the_shim_calls_the_system(name: str):
+    if name == "backends.osshim":
+        return
+    constants = {n for n in names_used(name) if n.startswith("os.O_")}
+    assert {n for n in names_used(name) if n.startswith("os.")} <= constants | {
+        "os.PathLike",
+        "os.stat_result",
+    }
+    assert "open" not in names_used(name)
+    assert not modules_used(name) & (FILE_MODULES - {"pathlib"})
+    # Paths are for their parts: what of them asks the system is called on the shim, or is the backend's own.
+    asks = set(dir(Path)) - set(dir(PurePath)) - {"absolute"}
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Attribute) and node.attr in asks:
+            assert ast.unparse(node.value) in {"self", "self._os", "Os()"}, ast.unparse(node)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

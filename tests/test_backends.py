@@ -469,7 +469,7 @@ def test_a_name_found_taken_is_flushed_too_as_its_maker_may_not_have(local, call
     assert calls.n_calls["fsync"] == 1 + 1
 
 
-def test_a_new_store_flushes_all_directories_down_from_one_that_was_there(tmp_path):
+def test_a_new_store_flushes_all_directories_above_it_as_their_maker_may_not_have(tmp_path):
     flushed = []
     opened = {}
 
@@ -483,12 +483,14 @@ def test_a_new_store_flushes_all_directories_down_from_one_that_was_there(tmp_pa
             flushed.append(opened[fd])
 
     above = {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")}
+    there = {str(path) for path in tmp_path.parents}
     backend = LocalBackend(tmp_path / "a/b", calls=Recording())
     backend.make_dirs(["packs", "refs"])
     backend.barrier("packs")
-    assert set(flushed) == above
+    assert above <= set(flushed) <= above | there  # as far as their file system goes
+    n_flushed = len(flushed)
     backend.barrier()
-    assert len(flushed) == 3
+    assert len(flushed) == n_flushed
 
 
 def test_a_barrier_that_fails_is_asked_again(local, calls):

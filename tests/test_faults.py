@@ -125,3 +125,19 @@ def test_hooked_calls_are_counted_and_can_fail(tmp_path):
     with pytest.raises(StorageError, match="publish"):
         backend.create_once("a", b"")
     assert calls.n_calls["fsync"] == 1
+
+
+def test_hooked_calls_can_be_torn_and_waited_with(tmp_path):
+    told = []
+
+    def hook(call, *args):
+        told.append(call)  # where a test may wait, or kill the process
+        return 3 if call in ("writev", "preadv") else None
+
+    backend = LocalBackend(tmp_path, calls=HookedOs(hook))
+    backend.make_dirs(["tmp"])
+    with backend.create("a") as writer:
+        writer.write(b"ab", b"cdef", b"g")
+        writer.commit()
+    assert backend.read("a") == b"abcdefg"
+    assert told.count("writev") == told.count("preadv") == 3

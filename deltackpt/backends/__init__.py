@@ -113,7 +113,10 @@ class Backend(ABC):
 
     @abstractmethod
     def rely_on(self, names: Iterable[str]) -> None:
-        """Take it from the caller that these directories are durable: no barrier flushes their names."""
+        """Take it from the caller that these directories, and the storage's own, are durable already.
+
+        No barrier flushes their names then.
+        """
 
     @abstractmethod
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:

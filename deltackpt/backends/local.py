@@ -132,11 +132,12 @@ class LocalBackend(Backend):
         self._lock = threading.Lock()
         self._barrier_lock = threading.Lock()
         # Directories to flush; those whose own name is not yet known to be durable; those where it is. For
-        # the place where the store already is, that is taken for granted.
+        # the place where the store already is, that is taken for granted, unless it is being made.
         self._dirty: set[Path] = set()
         self._fresh: set[Path] = set()
         self._durable = {self._root, *self._root.parents}
         self._plain_dirs = {""}  # those inside the store that were found to be no links
+        self._is_relied_on = False
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -147,6 +148,8 @@ class LocalBackend(Backend):
             self._mkdir(path)
             with self._lock:
                 self._durable.discard(path)
+        if not self._is_relied_on:
+            self._doubt_place()
         for name in ("", *map(check_name, names)):
             path = self._root
             for part in filter(None, name.split("/")):
@@ -159,6 +162,8 @@ class LocalBackend(Backend):
     def rely_on(self, names: Iterable[str]) -> None:
         """See `Backend.rely_on`."""
         with self._lock:
+            self._is_relied_on = True
+            self._durable.update((self._root, *self._root.parents))
             self._durable.update(self._root / check_name(name) for name in names)
 
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:
@@ -473,6 +478,27 @@ class LocalBackend(Backend):
     def _mkdir(self, path: Path) -> None:
         with _translated(str(path), "make the directory"), suppress(FileExistsError):
             self._os.mkdir(str(path))
+
+    def _doubt_place(self) -> None:
+        """Have the place of a new store flushed, too: whoever made it may have died before doing so.
+
+        As far up as its file system goes, and this user may look.
+        """
+        with _translated(self.url, "look up"):
+            device = self._os.lstat(f"{self.url}/.").st_dev
+            for path in (self._root, *self._root.parents[:-1]):
+                try:
+                    fd = self._os.open(str(path.parent), _DIRECTORY)
+                except PermissionError:
+                    break
+                try:
+                    is_same = self._os.fstat(fd).st_dev == device
+                finally:
+                    self._os.close(fd)
+                if not is_same:
+                    break
+                with self._lock:
+                    self._durable.discard(path)
 
     def _note_dir(self, directory: Path) -> None:
         """Have the next barrier flush the names of the directories down to this one; the lock is held."""

@@ -73,6 +73,7 @@ class Disk(Os):
     def __init__(self, files: Mapping[str, bytes] | None = None, dirs: Iterable[str] = ()):
         self.changes: list[Change] = []
         self.hook = lambda call, *args: None
+        self.claims = None  # of a recording: what was promised when
         self.write_size_max: int | None = None  # of one writev: it may move fewer bytes than it was given
         self._names: dict[str, int] = dict.fromkeys(["", *dirs], DIRECTORY)
         self._under: dict[str, set[str]] = {path: set() for path in self._names}

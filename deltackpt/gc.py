@@ -202,6 +202,7 @@ class _Gc:
         self._store.prepare_to_write()
         self._reap()
         self._forget_superseded()
+        self._delete_temporary()  # first, since on a full disk the rest may need the room
         while self._goes_on():
             pass
         self._tidy()
@@ -493,9 +494,9 @@ class _Gc:
     # -- what no protocol protects
 
     def _tidy(self) -> None:
-        """Merge index files, and delete what dead sessions and forgotten steps left: manifests, tmp files."""
+        """Merge index files, and delete the manifests of dead sessions and forgotten steps."""
+        self._delete_temporary()
         manifests = self._backend.names("manifests/")
-        temporary = self._backend.names("tmp/")
         # Listed before the sessions: whatever was there then belongs to a session listed now, or to none.
         open_sids = {name.sid.hex() for name in self._store.sessions()}
         committed = {c.manifest_key for run in self._store.refs.runs() for c in self._store.refs.commits(run)}
@@ -504,10 +505,6 @@ class _Gc:
             self._store.refs.settle()
         for key in orphans:
             self._delete(key)
-        for key in temporary:
-            owner = _TEMPORARY.fullmatch(key)
-            if owner and (owner[1] not in open_sids if owner[1] else not open_sids):
-                self._delete(key)
         try:
             with suppress(_OvertakenError):
                 self._merge_index()
@@ -515,6 +512,15 @@ class _Gc:
             if not e.is_full:
                 raise
             log.warning("%s; index files stay as they are", e.message)
+
+    def _delete_temporary(self) -> None:
+        """Delete what dead sessions were writing."""
+        temporary = self._backend.names("tmp/")  # before the sessions, as in `_tidy`
+        open_sids = {name.sid.hex() for name in self._store.sessions()}
+        for key in temporary:
+            owner = _TEMPORARY.fullmatch(key)
+            if owner and (owner[1] not in open_sids if owner[1] else not open_sids):
+                self._delete(key)
 
     def _merge_index(self) -> None:
         """Merge index files when there are many, some name deleted packs, or packs in use are in none."""

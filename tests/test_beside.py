@@ -19,6 +19,7 @@ from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.chunking import Chunker
 from deltackpt.errors import ConflictError, NotFoundError
+from deltackpt.format import RECORD_HEADER
 from deltackpt.run import Run
 from deltackpt.session import Session
 from deltackpt.store import open_store
@@ -394,6 +395,21 @@ def test_what_is_damaged_is_told_though_others_change_the_store_meanwhile(store)
 
     for report in at_every_read(bad, lambda run: verify(run.store, level="stored"), saves):
         assert [damage.key for damage in report.damage] == [name]
+
+
+def test_a_damaged_list_is_told_though_one_of_the_steps_that_need_it_is_forgotten_meanwhile(store):
+    run = opened(memory_of(store))
+    [root] = {row.root for row in run.manifest(3).tensors if row.name == "stays"}
+    row = run.store.find(np.frombuffer(root, np.uint8)[None])[0]
+    name = run.store.refresh().packs[row["pack"]].key
+    at = int(row["offset"]) + RECORD_HEADER.size + int(row["stored_size"]) // 2
+    bad = store | {name: store[name][:at] + bytes([store[name][at] ^ 1]) + store[name][at + 1 :]}
+
+    def forgets(backend):
+        opened(backend).forget([1])
+
+    for report in at_every_read(bad, lambda run: verify(run.store), forgets):
+        assert [damage.kind for damage in report.damage] == ["list"]
 
 
 # -- given up while its files are written

@@ -1,5 +1,6 @@
 """Writers, readers and gcs at once: in threads, in processes, and in the orders that once lost something."""
 
+import errno
 import json
 import os
 import threading
@@ -8,12 +9,12 @@ import traceback
 
 import pytest
 from deltas import nearly, taken
-from faults import CrashBackend, Cut, contents
+from faults import CrashBackend, Cut, Wrapper, contents
 from steps import assert_steps, collect, floats, noise, opened, same, visible
 
 from deltackpt import gc, packer, snapshot
 from deltackpt.backends.memory import MemoryBackend
-from deltackpt.errors import AlreadyExistsError, ConflictError
+from deltackpt.errors import AlreadyExistsError, ConflictError, StorageError
 from deltackpt.manifest import Manifest
 from deltackpt.memory import Memory
 from deltackpt.records import GC_RUN, Figures
@@ -389,6 +390,22 @@ def test_a_pack_that_is_half_waste_is_rewritten_and_shrinks_to_what_is_used():
     assert new_size == fresh_size < 0.6 * old_size
     assert same(opened(backend).load(2), {"kept": noise(1, 5000)})
     assert collect(backend).n_deleted == 0
+
+
+class Full(Wrapper):
+    """A disk with room only once what a dead writer left in tmp/ is gone."""
+
+    def _do(self, op, name, call, *, mutates=True):
+        if op in ("create_once", "commit") and self.inner.list("tmp/"):
+            raise StorageError(f"{name}: no room", errno=errno.ENOSPC)
+        return call()
+
+
+def test_on_a_full_disk_gc_begins_with_what_dead_writers_left():
+    backend = wasteful_store()
+    backend.create_once(f"tmp/{'a' * 32}-0-0.pack.00c0ffee", b"left behind")
+    assert collect(Full(backend)).n_repacked == 1
+    assert same(opened(backend).load(2), {"kept": noise(1, 5000)})
 
 
 def test_waste_below_a_tenth_is_left_alone():

@@ -222,3 +222,16 @@ def test_a_reader_without_write_access_can_do_all_but_write(locked: Path, place:
         use()
     assert snapshot(locked) == before
     assert len(list(out.iterdir())) == 3
+
+
+def test_gc_takes_no_run_behind_a_link_for_no_run(tmp_path):
+    store = tmp_path / "store"
+    delta.save({"w": np.arange(9.0)}, store, step=1)
+    (store / "refs/main").rename(tmp_path / "elsewhere")
+    for there in ("elsewhere", "nowhere"):  # as of a disk that is not mounted
+        (store / "refs/main").symlink_to(tmp_path / there)
+        with pytest.raises(StorageError, match="symbolic link"):
+            gc.collect(store)
+        (store / "refs/main").unlink()
+    (tmp_path / "elsewhere").rename(store / "refs/main")
+    assert delta.load(store)["w"].tolist() == list(range(9))

@@ -86,6 +86,11 @@ class Claims:
                 allowed[claim.key] = {claim.value}
         return allowed
 
+    def _acknowledged(self, key: Any) -> Any:
+        """What a key is, by the last call on it that has returned."""
+        claims = [c for c in self._claims if c.key == key and c.is_acknowledged]
+        return max(claims, key=lambda c: c.end).value if claims else None
+
     @contextmanager
     def claiming(self, *wanted: tuple[Any, Any], perhaps: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
         """A call that makes each of the wanted true, and may remove `perhaps`: it lists which."""
@@ -109,6 +114,10 @@ class Claims:
             others = tuple((run.name, s) for s in run.steps() if s != step) if run.keep else ()
             with self.claiming(((run.name, step), frozen(state)), perhaps=others) as removed:
                 report = save(run, state, step=step, **kwargs)
+                is_first = self._acknowledged((run.name, step)) is None
+                assert is_first or kwargs.get("overwrite"), (
+                    f"two saves of step {step} were told that they won"
+                )
                 removed += [(run.name, s) for s in report.forgotten]
                 return report
 

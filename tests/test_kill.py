@@ -30,7 +30,7 @@ from deltackpt.verify import verify
 
 SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(1 << 32))
 #: Of so many system calls of a scene one is tried; KILL_STRIDE=1: every one.
-STRIDE = int(os.environ.get("KILL_STRIDE") or 3)
+STRIDE = int(os.environ.get("KILL_STRIDE") or 4)
 N_BY_TIME = 20
 N_TRAININGS, N_SAVERS, N_CALLS_OF_A_SAVE = 6, 8, 70
 N_PARTS = 4

@@ -1,11 +1,12 @@
 """The protocol of commit and gc, small enough to try every order of its steps.
 
 A pack holds copies of chunks, whole or as deltas of a base, each of its depth.  Writers save a step that
-needs one chunk: they find it with its whole chain, or write it, as a delta if its base is found.  Steps are
-forgotten at any time.  gcs finish what others began, begin cycles, copy what is in use out of packs of much
-waste, and store deltas whole.  Any process may stop anywhere for ever, as it does in those orders where it is
-not its turn again.  A state is bad when what a visible step needs cannot be decoded from the packs that are
-there, or when no gc can begin a cycle any more because what a step needs is condemned.
+needs one chunk: they find it with its whole chain, or write it, as a delta if its base is found.  Or they
+save one step together, in one slot: ranks hand over, and one more writer, the coordinator, decides for all.
+Steps are forgotten at any time.  gcs finish what others began, begin cycles, copy what is in use out of packs
+of much waste, and store deltas whole.  Any process may stop anywhere for ever, as it does in those orders
+where it is not its turn again.  A state is bad when what a visible step needs cannot be decoded from the
+packs that are there, or when no gc can begin a cycle any more because what a step needs is condemned.
 
 What is not here: what happens inside a mark, which is one step; power losses but for deletions that they
 undo, and packs that no index lists (tests/crash); that gc's own sessions are waited for, since it is safe
@@ -35,9 +36,18 @@ sweep-unsure        a sweep deletes though a step needs what another unfinished 
 tombstone-first     who replaces a step forgets the old one before the new one is decided
 pin-not-looked      who pins does not look whether the step was forgotten meanwhile
 pin-is-void         gc heeds a tombstone though the step is pinned
+slots-not-compared  the coordinator takes a part of another attempt
+ends-handing-over   a rank's session record goes when it hands over, before its slot is decided
+record-not-looked   the coordinator does not look whether the rank's session record is there
+packs-not-looked    nor whether its packs are
+fence-of-one        a fence ends the session that was found dead, and not all of its slot (G3)
+drain-one-a-slot    gc waits only for the newest session of each slot (G3)
 ==================  =====================================================================================
 
-`begin-beside` and `sweep-unsure` each make up for the other: only without both is something lost.
+`begin-beside` and `sweep-unsure` each make up for the other: only without both is something lost.  So does
+the look at the rank's record make up for `ends-handing-over`; it is there for a coordinator that gave up, so
+that the records went, and tries again with the parts that it has.  `packs-not-looked` loses nothing: only gc
+deletes packs, and none that an open session wrote.  That look is there for what a storage loses by itself.
 """
 
 from __future__ import annotations
@@ -71,6 +81,7 @@ class World(NamedTuple):
 
     `wanted`: chunks of visible steps, each of a step of its own; `forgettable`: those that may go.
     `goal`: what a step that a writer saves needs.  `ways`: packs it may write if the store lacks that.
+    `part`: what the ranks save of the one step, if there are any: all writers but one are.
     """
 
     start: tuple[Pack, ...]
@@ -80,6 +91,7 @@ class World(NamedTuple):
     ways: tuple[Pack, ...]
     replaces: bool = False
     pins: bool = False
+    part: str = ""
 
 
 WHOLE = pack(("b",))
@@ -105,6 +117,8 @@ WORLDS = {
     ),
     "replaced": World((pack(("a",)), DELTA), "a", "", "b", (WHOLE, DELTA), replaces=True),
     "pinned": World((pack(("a",)),), "a", "", "a", (pack(("a",)),), pins=True),
+    # The rank's part is there and may go; what the coordinator writes may be a delta of what the rank wrote.
+    "ranks": World((pack(("a",)),), "a", "a", "b", (pack(("a",)), WHOLE, DELTA), part="a"),
 }
 
 RULES = {
@@ -128,6 +142,11 @@ RULES = {
     "tombstone-first": "replaced",
     "pin-not-looked": "pinned",
     "pin-is-void": "pinned",
+    "slots-not-compared": "ranks",
+    "record-not-looked": "ranks",
+    "ends-handing-over, record-not-looked": "ranks",
+    "fence-of-one": "ranks",
+    "drain-one-a-slot": "ranks",
 }
 
 # A set of packs is a number: bit i is the i-th pack that was ever thought of.  So is a set of chunks.
@@ -135,7 +154,10 @@ Set = int
 
 
 class Writer(NamedTuple):
-    """`at` is the step of the protocol that is done; a session is open from W2 until it has ended."""
+    """`at` is the step of the protocol that is done; a session is open from W2 until it has ended.
+
+    Where there are ranks, those of one `attempt` have one slot.
+    """
 
     at: str = ""
     epoch: int = -1
@@ -143,6 +165,8 @@ class Writer(NamedTuple):
     is_fenced: bool = False
     seen: Set = 0
     mine: Set = 0
+    is_rank: bool = False
+    attempt: int = 0
 
 
 class Gc(NamedTuple):
@@ -171,6 +195,7 @@ class State(NamedTuple):
     writers: tuple[Writer, ...]
     gcs: tuple[Gc, ...]
     pin: Pin
+    n_fences: int = 0
 
 
 Move = tuple[str, State]
@@ -185,6 +210,20 @@ def bits(packs: Set) -> Iterator[Set]:
 def with_one(items: tuple, i: int, value: object) -> tuple:
     # Sorted: which of two alike is which makes no difference.
     return tuple(sorted((*items[:i], value, *items[i + 1 :])))
+
+
+def who(w: Writer) -> str:
+    return "a rank" if w.is_rank else "a writer"
+
+
+def ended(w: Writer) -> Writer:
+    """Return a session whose step is committed; its record may be there still."""
+    return Writer("end", w.epoch, w.is_open, mine=w.mine) if w.is_open else Writer("end")
+
+
+def again(w: Writer) -> Writer:
+    """Return who saves again, in the next slot; once."""
+    return Writer("end") if w.attempt else Writer(is_rank=w.is_rank)
 
 
 class Model:
@@ -297,6 +336,8 @@ class Model:
 
     def moves(self, state: State) -> Iterator[Move]:
         """Every step that some process can take next."""
+        if self.world.part and (state.n_fences > 1 or {"end"} < {w.at for w in state.writers}):
+            return  # two attempts are enough; a part that nobody decides is as a writer that gives up
         for chunk in self.world.forgettable:
             if state.wanted & self.chunk_bit[chunk]:
                 yield f"{chunk} is forgotten", state._replace(wanted=state.wanted & ~self.chunk_bit[chunk])
@@ -306,6 +347,8 @@ class Model:
         for i, g in enumerate(state.gcs):
             if g not in state.gcs[:i]:
                 yield from self.gc_moves(state, i)
+        if self.world.part:
+            yield from self.slot_moves(state)
         if self.world.pins:
             yield from self.pin_moves(state)
         if self.is_undone:
@@ -321,10 +364,11 @@ class Model:
 
         def then(label: str, writer: Writer, **changes: object) -> Move:
             writers = with_one(state.writers, i, writer)
-            return f"a writer {label}", state._replace(writers=writers, **changes)
+            return f"{who(w)} {label}", state._replace(writers=writers, **changes)
 
         if w.at == "":
-            yield then("reads the epoch", w._replace(at="W1", epoch=len(state.condemned)))
+            at = w._replace(at="W1", epoch=len(state.condemned), attempt=state.n_fences)
+            yield then("reads the epoch", at)
         elif w.at == "W1" and "look-before-record" in without:
             yield then("reads what is condemned", w._replace(at="W3-", seen=self.off_limits(state)))
         elif w.at == "W3-":
@@ -336,15 +380,20 @@ class Model:
             yield then("reads what is condemned", w._replace(at="W3", seen=seen))
         elif w.at == "W3":
             found = state.packs & ~w.seen
-            if self.finds(state.packs, found, self.world.goal):
+            goal = self.world.part if w.is_rank else self.world.goal
+            if self.finds(state.packs, found, goal):
                 yield then("finds all it needs", w._replace(at="W4", seen=0))
             else:
                 for way in self.world.ways:
+                    if all(row.chunk != goal for row in way):
+                        continue
                     bases = {row.base for row in way if row.base} - {row.chunk for row in way}
                     if all(self.finds(state.packs, found, base) for base in bases):
                         mine = self.new(way, state)
                         label = "writes " + " ".join(f"{row.chunk}{row.base}" for row in sorted(way))
                         yield then(label, w._replace(at="W4", seen=0, mine=mine), packs=state.packs | mine)
+        elif w.at == "W4" and self.world.part:
+            yield from self.part_moves(state, i)
         elif w.at == "W4":
             if self.world.replaces and "tombstone-first" in without:
                 yield then("forgets what it replaces", w._replace(at="W4-"), wanted=0)
@@ -356,9 +405,66 @@ class Model:
             yield then("gives up", Writer("end"), packs=packs)
         elif w.at == "W4-":
             yield self.decided(state, i)
+            if self.world.part:
+                yield self.gives_up(state, i)
         elif w.at == "W5":
             old = state.wanted & self.chunk_bit[self.world.goal]
             yield then("forgets what it replaced", Writer("end"), wanted=old)
+
+    def part_moves(self, state: State, i: int) -> Iterator[Move]:
+        """Hand over; or check what the ranks have handed over."""
+        w, without = state.writers[i], self.without
+
+        def then(label: str, writer: Writer) -> Move:
+            return f"{who(w)} {label}", state._replace(writers=with_one(state.writers, i, writer))
+
+        parts = [part for part in state.writers if part.is_rank]
+        wrong = {
+            "slots-not-compared": any(part.attempt != w.attempt for part in parts),
+            "record-not-looked": not all(part.is_open for part in parts),
+            "packs-not-looked": any(part.mine & ~state.packs for part in parts),
+        }
+        if w.is_rank:
+            is_open = w.is_open and "ends-handing-over" not in without
+            yield then("hands over", w._replace(at="handed", is_open=is_open))
+            yield then("gives up", Writer("end"))
+        elif w.is_fenced:  # whatever it would find
+            yield self.decided(state, i)
+        elif not parts or any(part.at != "handed" for part in parts):
+            return  # it waits
+        elif {rule for rule, is_so in wrong.items() if is_so} - without:
+            yield self.gives_up(state, i)
+        else:
+            yield then("has checked the parts", w._replace(at="W4-"))
+
+    def gives_up(self, state: State, i: int) -> Move:
+        """End the coordinator's session and those of its ranks; it tries again with the parts that it has."""
+        writers = [part._replace(is_open=False, epoch=-1) if part.is_rank else part for part in state.writers]
+        after = state._replace(writers=with_one(tuple(writers), i, again(state.writers[i])))
+        return "a writer gives up, and its ranks' records go", after
+
+    def slot_moves(self, state: State) -> Iterator[Move]:
+        """Give a session up for dead, and so all of its slot; remove the records of decided slots."""
+        for i, w in enumerate(state.writers):
+            if w in state.writers[:i]:
+                continue
+            if w.is_open and w.at == "end":
+                yield "a record goes", state._replace(writers=with_one(state.writers, i, Writer("end")))
+            elif w.is_open and w.is_fenced:
+                after = w._replace(is_open=False, epoch=-1)
+                yield f"{who(w)}'s record goes", state._replace(writers=with_one(state.writers, i, after))
+            elif w.is_open and "fence-of-one" in self.without:
+                after = w._replace(is_fenced=True)
+                yield f"{who(w)} is fenced", state._replace(writers=with_one(state.writers, i, after))
+            elif w.is_open:
+                writers = [
+                    other._replace(is_fenced=True) if other.at and other.attempt == w.attempt else other
+                    for other in state.writers
+                ]
+                after = state._replace(writers=tuple(sorted(writers)), n_fences=state.n_fences + 1)
+                yield f"{who(w)}'s slot is fenced", after
+            elif w.is_fenced and w.at == "handed":
+                yield f"{who(w)} saves again", state._replace(writers=with_one(state.writers, i, again(w)))
 
     def finds(self, there: Set, allowed: Set, chunk: str) -> bool:
         if "base-not-looked-up" in self.without:
@@ -368,10 +474,15 @@ class Model:
     def decided(self, state: State, i: int) -> Move:
         w = state.writers[i]
         end = Writer("W5") if self.world.replaces and not w.is_fenced else Writer("end")
+        if self.world.part and w.is_fenced:
+            end = again(w)
         writers = with_one(state.writers, i, end)
         if w.is_fenced:
             return "a writer loses to the fence", state._replace(writers=writers)
         wanted = state.wanted | self.chunk_bit[self.world.goal]
+        if self.world.part:
+            wanted |= self.chunk_bit[self.world.part]
+            writers = tuple(sorted(map(ended, state.writers)))
         return "a writer commits", state._replace(writers=writers, wanted=wanted)
 
     def gc_moves(self, state: State, i: int) -> Iterator[Move]:
@@ -408,8 +519,14 @@ class Model:
                 old = []
             elif "drain-one-too-few" in without:
                 old = [j for j in old if state.writers[j].epoch < n]
+            elif "drain-one-a-slot" in without:
+                there = sorted((w for w in state.writers if w.is_open), key=lambda w: w.epoch)
+                newest = {w.attempt: w.epoch for w in there}
+                old = [j for j in old if newest[state.writers[j].attempt] <= n]
             if not old:
                 yield then("has drained", g._replace(at="G3"))
+            elif self.world.part:
+                return  # see slot_moves
             for j in old:
                 is_fenced = "no-fence-on-file" not in without
                 fenced = state.writers[j]._replace(is_fenced=is_fenced, is_open=False)
@@ -539,7 +656,8 @@ class Model:
     def explore(self, n_writers: int, n_gcs: int) -> tuple[int, list[str] | None]:
         """Try every order, shortest first; return the number of states and the way to a bad one, or None."""
         wanted = sum(self.chunk_bit[chunk] for chunk in self.world.wanted)
-        start = State(0, (), (), wanted, (Writer(),) * n_writers, (Gc(),) * n_gcs, Pin())
+        writers = tuple(Writer(is_rank=bool(self.world.part) and i > 0) for i in range(n_writers))
+        start = State(0, (), (), wanted, writers, (Gc(),) * n_gcs, Pin())
         for content in self.world.start:
             start = start._replace(packs=start.packs | self.new(content, start))
         came_from: dict[State, tuple[str, State] | None] = {start: None}

@@ -11,6 +11,7 @@ SIZES = {
     "deep": [(1, 1, 3), (2, 1, 1), (1, 2, 1)],
     "replaced": [(1, 2, 2)],  # who replaces is alone, or it would have lost
     "pinned": [(1, 2, 2), (2, 1, 2)],
+    "ranks": [(2, 1, 2)],  # one of the writers is the coordinator
 }
 SMALL = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1)]
 
@@ -39,6 +40,13 @@ def test_without_any_one_rule_some_order_loses_a_step(rule):
             print(f"without {rule}:", *bad, sep="\n  ")
             return
     pytest.fail("no order of steps loses anything without it")
+
+
+@pytest.mark.parametrize("rule", ["ends-handing-over", "packs-not-looked"])
+def test_of_the_looks_at_a_rank_that_at_its_record_is_enough(rule):
+    n_states, bad = explore("ranks", n_writers=2, n_gcs=1, n_cycles=1, without=rule)
+    print(f"without {rule}: {n_states} states")
+    assert bad is None
 
 
 @pytest.mark.parametrize("rule", ["begin-beside", "sweep-unsure"])

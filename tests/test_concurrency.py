@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import threading
 import time
 import traceback
@@ -238,6 +239,17 @@ def test_a_writer_with_a_live_process_is_waited_for_and_keeps_what_it_found():
         decide(writer, saved.manifest)
     assert gc.collect(backend).waiting_for == []
     assert_steps(visible(backend), {2: state(1)})
+
+
+def test_gc_says_whom_it_waits_for():
+    backend = MemoryBackend()
+    run = opened(backend)
+    for step in (1, 2):
+        run.save(state(step), step=step)
+    with Session(run.store, "main", 3):
+        run.forget([1])
+        waiting_for = gc.collect(backend).waiting_for
+    assert waiting_for == [f"run main step 3 (process {os.getpid()} on {socket.gethostname()})"]
 
 
 def test_a_gc_given_up_for_dead_while_it_repacks_loses_nothing(monkeypatch):

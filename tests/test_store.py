@@ -94,3 +94,29 @@ def test_other_peoples_files_are_not_built_upon(tmp_path):
     (tmp_path / "results").mkdir()
     with pytest.raises(InvalidInputError, match="holds 'results'"):
         open_store(tmp_path, create=True)
+
+
+class OfBytes:
+    def __fspath__(self):
+        return b"store"
+
+
+@pytest.mark.parametrize("where", [3, "", None, OfBytes()])
+def test_what_is_no_place_of_a_store_is_refused_in_words(where):
+    with pytest.raises(InvalidInputError) as caught:
+        open_store(where)
+    assert caught.value.message == f"store: found {where!r}, expected a directory, a Backend or a Store"
+    assert caught.value.hint == "give the store's directory"
+
+
+def test_a_file_and_other_peoples_directories_are_no_place_for_a_store(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    with pytest.raises(InvalidInputError) as caught:
+        open_store(path)
+    assert caught.value.message == f"{path}: is a file, expected a directory"
+    assert caught.value.hint == "give the store's directory"
+    with pytest.raises(InvalidInputError) as caught:
+        open_store(tmp_path, create=True)
+    assert caught.value.message == f"{tmp_path}: not a deltackpt store, and it holds 'file'"
+    assert caught.value.hint == "choose an empty or a new directory"

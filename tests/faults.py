@@ -36,7 +36,7 @@ def _hooked(name):
     def call(self, *args):
         self.n_calls[name] += 1
         size_max = self.hook(name, *args)
-        if size_max is not None and name in ("writev", "preadv"):
+        if type(size_max) is int and name in ("writev", "preadv"):
             fd, views, *rest = args
             args = (fd, _cut(views, size_max), *rest)
         return getattr(Os, name)(self, *args)

@@ -529,7 +529,7 @@ class Session:
             decision = None
             with suppress(DeltackptError):
                 decision = self.store.refs.decision(self.slot)
-            if decision is None or (not isinstance(decision, Fence) and decision.sid == self.sid):
+            if decision is None or (isinstance(decision, Commit) and decision.sid == self.sid):
                 raise
             raise lost(self.slot, decision) from e
 

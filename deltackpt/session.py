@@ -50,6 +50,7 @@ from deltackpt.packer import Packer
 from deltackpt.rates import Sort, Took
 from deltackpt.records import (
     Commit,
+    Fence,
     Figures,
     Origin,
     SessionName,
@@ -529,7 +530,7 @@ class Session:
             decision = None
             with suppress(DeltackptError):
                 decision = self.store.refs.decision(self.slot)
-            if decision is None or (isinstance(decision, Commit) and decision.sid == self.sid):
+            if decision is None or (not isinstance(decision, Fence) and decision.sid == self.sid):
                 raise
             raise lost(self.slot, decision) from e
 

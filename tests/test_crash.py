@@ -117,7 +117,7 @@ def test_no_save_builds_on_a_pack_whose_writer_died_before_its_barrier():
     crash = CrashBackend(MemoryBackend())
     saved(1)(crash)
     new = {"a": noise(5, 3000)}
-    crash.run_to(crash.n_ops + 4)
+    crash.run_to(crash.n_ops + 6)  # with a look at the directories
     with pytest.raises(Cut):
         opened(crash, "other").save(new, step=1)
     revived(crash)

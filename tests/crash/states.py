@@ -69,7 +69,7 @@ class Effort:
 
     n_random: int = 12
     whole_share: float = 0.04
-    cut_share: float = 0.12
+    cut_share: float = 0.06
     n_moments: int | None = 3
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from deltackpt.format import RECORD_HEADER, unseal
 from deltackpt.index import N_FILES_MAX, Segment
 from deltackpt.liveness import Liveness, PackUse
 from deltackpt.pack import PackName, Record
-from deltackpt.records import GC_RUN, STEP_MAX, Fence, GcRecord, SessionName, Slot, index_key, sid_of
+from deltackpt.records import GC_RUN, Fence, GcRecord, SessionName, Slot, index_key, sid_of
 from deltackpt.session import Session
 from deltackpt.store import Store, Where, open_store
 from deltackpt.types import U8
@@ -348,11 +347,8 @@ class _Gc:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        """Open an ordinary session that commits no step; another gc may give it up for dead like any other.
-
-        In a slot of its own: one that two share, or that was fenced in an earlier gc, ends both.
-        """
-        session = Session.for_gc(self._store, Slot(GC_RUN, secrets.randbelow(STEP_MAX), 1))
+        """Open an ordinary session that commits no step; another gc may give it up for dead like others."""
+        session = Session.for_gc(self._store)
         try:
             with session.losing(), session:
                 yield session
@@ -565,8 +561,11 @@ def _what(slot: Slot) -> str:
 
 
 def _last_record(store: Store) -> GcRecord | None:
+    """Return the newest record that says how many decisions there were; what is set aside says nothing."""
     n_cycles, _ = store.gc_state()
-    if not n_cycles:
-        return None
-    kind = "sweep" if store.backend.exists(f"gc/sweep-{n_cycles - 1}") else "condemn"
-    return store.gc_record(f"gc/{kind}-{n_cycles - 1}")
+    for cycle in reversed(range(n_cycles)):
+        for kind in ("sweep", "condemn"):
+            key = f"gc/{kind}-{cycle}"
+            if store.backend.exists(key) and (record := store.gc_record(key)).n_refs:
+                return record
+    return None

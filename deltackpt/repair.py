@@ -30,7 +30,6 @@ from deltackpt.format import RECORD_HEADER
 from deltackpt.index import Segment
 from deltackpt.pack import PackName, Record
 from deltackpt.records import (
-    GC_RUN,
     GONE,
     Commit,
     Fence,
@@ -117,6 +116,7 @@ class RepairPlan:
     rewrite: list[Salvage] = field(default_factory=list)
     fetch: list[bytes] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
+    keep: list[bytes] = field(default_factory=list)
     quarantine: list[bytes] = field(default_factory=list)
     release: list[bytes] = field(default_factory=list)
     bad_index: list[str] = field(default_factory=list)
@@ -152,6 +152,9 @@ def plan(found: Survey) -> RepairPlan:
     for salvage in p.rewrite:
         act("rewrite", salvage.name.key, f"{len(salvage.rows)} good records, {len(salvage.bad)} bad ones")
     p.aside += [salvage.name.key for salvage in p.rewrite]
+    p.keep = sorted(found.doomed)
+    for chunk_id in p.keep:
+        act("rewrite", chunk_id.hex(), "its only good copy is in a pack that gc is about to delete")
     p.fetch = sorted(found.offered)
     for chunk_id in p.fetch:
         act("fetch", chunk_id.hex(), "the other store has it")
@@ -199,7 +202,9 @@ def _plan_cycles(found: Survey, p: RepairPlan, act: _Act) -> None:
             p.aside.append(key)
             act("set aside", key, "cannot be read; what it may have listed is condemned anew")
     if again:
+        # Not fewer than there were: gc goes by it to see that decisions are lost.
         n_refs = sum(len(listing.slots) for listing in found.listings.values())
+        n_refs = max([n_refs, *(record.n_refs for record in found.cycles.values() if record is not None)])
         p.condemn = GcRecord("condemn", n, frozenset(again), n_refs, len(found.packs))
         p.actions.insert(
             0, Action("condemn", p.condemn.key, f"{len(again)} packs; run gc before the next save")
@@ -231,14 +236,19 @@ def _plan_decision(found: Survey, slot: Slot, p: RepairPlan, act: _Act) -> None:
     if slot not in listing.slots:
         if decided is not None:
             p.create[slot.key] = decided.to_bytes()
-            act("create", slot.key, "the other store has it")
+            why = (
+                "the other store has it"
+                if isinstance(decided, Commit)
+                else "the other store has forgotten it"
+            )
+            act("create", slot.key, why)
         elif slot in listing.tombstones:
             p.create[slot.key] = Fence(slot, bytes(16)).to_bytes()
             act("create", slot.key, "it is forgotten: a fence takes its place")
     elif slot in listing.gone:
         p.aside.append(slot.key)
         act("set aside", slot.key, "it is forgotten")
-    elif decided is not None and slot.attempt == newest:
+    elif isinstance(decided, Commit) and slot.attempt == newest:
         p.supersede[slot] = replace(decided, slot=slot._replace(attempt=newest + 1))
         p.aside.append(slot.key)
         act("supersede", slot.key, "the other store has what was decided")
@@ -342,7 +352,7 @@ class _Repair:
             self._backend.barrier("gc")
         self._set_aside(key for key in p.aside if key.startswith("gc/"))
         self._records()
-        if p.rewrite or p.fetch:
+        if p.rewrite or p.keep or p.fetch:
             self._pack()
         self._set_aside(p.aside)
         for chunk_id in p.quarantine:
@@ -395,19 +405,23 @@ class _Repair:
 
     def _pack(self) -> None:
         """Copy what is good in bad packs, and fetch what is lost, as an ordinary session."""
-        n_cycles, _ = self._store.gc_state()
-        with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
+        session = Session.for_gc(self._store)
+        with session.losing(), session:
             for salvage in self._plan.rewrite:
                 try:
                     for row in salvage.rows:
                         self._copy(session, salvage.name, row)
                 except NotFoundError:
                     continue  # deleted by a gc meanwhile
+            for chunk_id in self._plan.keep:
+                self._fetch(session, chunk_id, self._store)
             for chunk_id in self._plan.fetch:
-                self._fetch(session, chunk_id)
+                assert self._other is not None
+                self._fetch(session, chunk_id, self._other)
             session.publish(None)
             # Durable before the bad packs are set aside: no save builds on a pack that no index names.
             self._backend.barrier("index")
+            session.check_open()  # or a gc may have deleted what was copied
             self._set_aside(salvage.name.key for salvage in self._plan.rewrite)
             session.finish()
 
@@ -419,12 +433,12 @@ class _Repair:
         pack.check_payload(record, payload, where)
         session.copy(record, payload)
 
-    def _fetch(self, session: Session, chunk_id: bytes) -> None:
-        assert self._other is not None
-        [row] = self._other.find(as_ids([chunk_id]))
-        data = survey.read(self._other, chunk_id)
+    def _fetch(self, session: Session, chunk_id: bytes, source: Store) -> None:
+        """Store a chunk again, as another store has it, or this one."""
+        [row] = source.find(as_ids([chunk_id]))
+        data = survey.read(source, chunk_id)
         if data is None:
-            log.warning("%s: chunk %s is damaged too", self._other.url, chunk_id.hex()[:16])
+            log.warning("%s: chunk %s is damaged too", source.url, chunk_id.hex()[:16])
             return
         itemsize = int(row["itemsize"])
         session.put(chunk_id, data, Kind(itemsize, itemsize > 1))
@@ -446,8 +460,8 @@ class _Repair:
         gone |= index.unlisted.difference(p.unlisted)
         unlisted = [Segment.merge(index.segments, without={*index.packs}.difference(p.unlisted))]
         merged = Segment.merge([*segments, *unlisted], without=gone)
-        n_cycles, _ = self._store.gc_state()
-        with Session.for_gc(self._store, Slot(GC_RUN, n_cycles, 1)) as session:
+        session = Session.for_gc(self._store)
+        with session.losing(), session:
             if merged.packs:
                 key = index_key(session.sid)
                 self._backend.create_once(key, merged.to_bytes(self._store.uuid, session.sid))

@@ -49,6 +49,8 @@ from deltackpt.pack import PackName, Payload, Record
 from deltackpt.packer import Packer
 from deltackpt.rates import Sort, Took
 from deltackpt.records import (
+    GC_RUN,
+    STEP_MAX,
     Commit,
     Fence,
     Figures,
@@ -162,11 +164,14 @@ class Session:
         self._start(store, slot, optimize)
 
     @classmethod
-    def for_gc(cls, store: Store, slot: Slot) -> Session:
-        """Open gc's own session: it repacks and merges, and commits no step."""
+    def for_gc(cls, store: Store) -> Session:
+        """Open gc's own session, or repair's: it copies and merges, and commits no step.
+
+        In a slot of its own: one that two share, or that was fenced in an earlier gc, ends both.
+        """
         session = cls.__new__(cls)
         session.superseded = None
-        session._start(store, slot, "bytes")
+        session._start(store, Slot(GC_RUN, secrets.randbelow(STEP_MAX), 1), "bytes")
         return session
 
     def _start(self, store: Store, slot: Slot, optimize: Optimize) -> None:
@@ -533,6 +538,11 @@ class Session:
             if decision is None or (not isinstance(decision, Fence) and decision.sid == self.sid):
                 raise
             raise lost(self.slot, decision) from e
+
+    def check_open(self) -> None:
+        """Raise what `losing` would if somebody has ended this session: then nothing protects its packs."""
+        if not self._backend.exists(self.name.key):
+            raise lost(self.slot, self.store.refs.decision(self.slot))
 
     def finish(self) -> None:
         """End gc's own session after `publish`; its packs hold only copies, so nothing is to be decided."""

@@ -22,6 +22,7 @@ from deltackpt.manifest import Manifest, list_from_bytes
 from deltackpt.pack import PackName, Record
 from deltackpt.records import (
     Commit,
+    Fence,
     GcRecord,
     Quarantine,
     Slot,
@@ -68,8 +69,8 @@ class Survey:
     packs : set of PackName
     listings : dict of str to Listing
         Each run's decisions.
-    decisions : dict of Slot to Commit
-        Decisions that are damaged or missing here and are to be had.
+    decisions : dict of Slot to Commit or Fence
+        Decisions that are damaged or missing here and are to be had; fences for what is forgotten there.
     manifests : dict of str to bytes
         Manifests that are damaged or missing here and are to be had.
     salvages : list of Salvage
@@ -77,6 +78,8 @@ class Survey:
         Chunks and lists that steps need and cannot be decoded, whatever is salvaged.
     bad : set of bytes
         Chunks of bad records, needed or not, that are nowhere else.
+    doomed : set of bytes
+        Those whose only good copies are in packs that a gc is about to delete.
     offered : set of bytes
         Those that are lost and that the other store has.
     whole : set of bytes
@@ -94,11 +97,12 @@ class Survey:
     cycles: dict[tuple[str, int], GcRecord | None] = field(default_factory=dict)
     packs: set[PackName] = field(default_factory=set)
     listings: dict[str, Listing] = field(default_factory=dict)
-    decisions: dict[Slot, Commit] = field(default_factory=dict)
+    decisions: dict[Slot, Commit | Fence] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
     salvages: list[Salvage] = field(default_factory=list)
     lost: set[bytes] = field(default_factory=set)
     bad: set[bytes] = field(default_factory=set)
+    doomed: set[bytes] = field(default_factory=set)
     offered: set[bytes] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
     bad_index: list[str] = field(default_factory=list)
@@ -166,8 +170,20 @@ class _Surveyor:
         slots = {Slot.from_key(key) for key in damaged} - {None}
         if "refs/" in damaged:  # some are missing, and nothing here says which
             slots |= self._missing(self._other)
+        gone: set[Slot] = set()
+        for slot in tuple(slots):
+            assert slot is not None
+            # All of the step: an attempt that the other has replaced must not come back alone.
+            theirs = self._other.refs.listing(slot.run)
+            here = self._found.listings.setdefault(slot.run, _NOTHING)
+            slots |= {s for s in theirs.slots if s.step == slot.step and s not in here.slots}
+            gone |= theirs.gone
         for slot in slots:
             assert slot is not None
+            if slot in gone:
+                if slot not in self._found.listings[slot.run].slots:
+                    self._found.decisions[slot] = Fence(slot, bytes(16))
+                continue
             try:
                 decision = decision_from_bytes(self._other.backend.read(slot.key), slot)
             except (FormatError, NotFoundError):
@@ -206,11 +222,9 @@ class _Surveyor:
         for run, listing in self._found.listings.items():
             missing = {slot for slot in self._found.decisions if slot.run == run} - listing.tombstones
             for slot in sorted(missing.union(listing.slots) - listing.gone):
-                if slot in self._found.decisions:
-                    yield self._found.decisions[slot]
-                    continue
+                decision = self._found.decisions.get(slot)
                 try:
-                    decision = self._store.refs.decision(slot)
+                    decision = decision or self._store.refs.decision(slot)
                 except FormatError:
                     continue
                 if isinstance(decision, Commit):
@@ -297,12 +311,16 @@ class _Surveyor:
         found = self._found
         gone = {salvage.name for salvage in found.salvages} | found.quarantine.packs
         gone |= set(index.packs) - found.packs
+        swept = {name for (kind, _), r in found.cycles.items() if kind == "sweep" and r for name in r.packs}
         after = Index()
         after.add(Segment.merge(index.segments, without=gone))
         after.add(Segment.build((salvage.name, 0, salvage.rows) for salvage in found.salvages))
         needed = sorted(self._needed())
         copies = self._look_up(after, needed)
         found.lost = {i for i, copy in zip(needed, copies, strict=True) if copy is None}
+        kept = self._look_up(after, needed, without=swept)
+        doomed = {i for i, copy in zip(needed, kept, strict=True) if copy is None} - found.lost
+        found.doomed = {i for i in doomed if read(self._store, i) is not None}
         bad = sorted({i for salvage in found.salvages for i in salvage.bad})
         found.bad = {i for i, copy in zip(bad, self._look_up(after, bad), strict=True) if copy is None}
         unlisted = index.unlisted - gone

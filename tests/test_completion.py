@@ -35,7 +35,7 @@ def completed(line: str, **env: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("deltackpt re", ["restore"]),
+        ("deltackpt res", ["restore"]),
         ("deltackpt ls --r", ["--run"]),
         ("deltackpt ls --run ", ["ablation", "main"]),
         ("deltackpt ls --run ab", ["ablation"]),

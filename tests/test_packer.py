@@ -20,7 +20,6 @@ from deltackpt.format import NO_BASE
 from deltackpt.pack import Record
 from deltackpt.packer import Packer
 from deltackpt.rates import Rates
-from deltackpt.records import GC_RUN, Slot
 from deltackpt.session import Session
 from deltackpt.store import open_store
 
@@ -204,7 +203,7 @@ def test_records_copied_from_other_packs_wait_for_the_storage(monkeypatch):
             return call()
 
     store = open_store(Slow(MemoryBackend()), create=True)
-    with Session.for_gc(store, Slot(GC_RUN, 0, 1)) as session:
+    with Session.for_gc(store) as session:
         payload = np.zeros(10_000, np.uint8)
         for i in range(60):
             session.copy(record(i, payload), payload)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shutil
 
 import pytest
 from blake3 import blake3
@@ -11,10 +12,10 @@ from steps import assert_steps, collect, floats, noise, opened, repeats, same, v
 
 from deltackpt import gc, snapshot
 from deltackpt.backends.memory import MemoryBackend
-from deltackpt.errors import CorruptError, DeltackptError, InvalidInputError
+from deltackpt.errors import CorruptError, DeltackptError, InvalidInputError, StorageError
 from deltackpt.memory import Memory
 from deltackpt.pack import Record
-from deltackpt.records import GC_RUN, Figures, Slot, aside_key, lost_key
+from deltackpt.records import Figures, aside_key, lost_key
 from deltackpt.repair import repair
 from deltackpt.session import Session
 from deltackpt.shadow import Shadow
@@ -156,7 +157,7 @@ def test_a_record_that_decodes_to_something_else_is_not_taken_for_its_chunk():
     payload[7] ^= 1
     record = Record.of(payload, codec=0, itemsize=1, raw_size=good.size, chunk_id=blake3(good).digest())
     key = named(contents(backend), "packs/")
-    with Session.for_gc(open_store(backend), Slot(GC_RUN, 0, 1)) as session:
+    with Session.for_gc(open_store(backend)) as session:
         session.copy(record, payload)
         session.publish(None)
         session.finish()
@@ -580,3 +581,91 @@ def readable_all(backend):
         except DeltackptError:
             continue
     return found
+
+
+# -- what a copy, a gc and a repair know of each other
+
+
+def saved_on_disk(path, *steps, **options):
+    for step, seed in steps:
+        opened(path).save({"w": noise(seed, 60_000)}, step=step, **options)
+
+
+def spoil(path, at=5000):
+    path.chmod(0o600)
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + b"a bad sector!!!!" + data[at + 16 :])
+
+
+def packs_of(path):
+    return set((path / "packs").iterdir())
+
+
+def test_a_chunk_whose_only_good_copy_gc_is_about_to_delete_is_kept(tmp_path, monkeypatch):
+    saved_on_disk(tmp_path, (1, 1), (5, 9))
+    opened(tmp_path).forget([1])
+    delete = gc._Gc._delete
+
+    def killed(self, key):
+        if key.startswith("packs/"):
+            raise KeyboardInterrupt
+        delete(self, key)
+
+    monkeypatch.setattr(gc._Gc, "_delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path)
+    monkeypatch.undo()
+    before = packs_of(tmp_path)
+    saved_on_disk(tmp_path, (2, 1))  # what gc has condemned is stored again
+    [newer] = packs_of(tmp_path) - before
+    spoil(newer)
+    assert repair(tmp_path).clean
+    collect(tmp_path)
+    assert same(opened(tmp_path).load(2), {"w": noise(1, 60_000)})
+    assert repair(tmp_path).actions == []
+
+
+def test_gc_misses_lost_decisions_though_a_record_of_its_own_was_set_aside(tmp_path):
+    saved_on_disk(tmp_path, (1, 1), (2, 2), (3, 3))
+    opened(tmp_path).forget([1])
+    collect(tmp_path)
+    lost = (tmp_path / "refs/main/2.1").read_bytes()
+    (tmp_path / "refs/main/2.1").unlink()
+    spoil(tmp_path / "gc/sweep-0", 2)
+    assert not repair(tmp_path).clean
+    with pytest.raises(StorageError, match="decisions"):
+        gc.collect(tmp_path)
+    (tmp_path / "refs/main/2.1").write_bytes(lost)
+    assert same(opened(tmp_path).load(2), {"w": noise(2, 60_000)})
+
+
+def test_a_copy_gives_back_the_attempt_that_counts_and_not_one_that_was_replaced(tmp_path):
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    saved_on_disk(store, (1, 1))
+    saved_on_disk(store, (1, 2), overwrite=True)
+    saved_on_disk(store, (2, 3))
+    shutil.copytree(store, copy)
+    for name in ("1.1", "1.1.gone", "1.2"):
+        (store / "refs/main" / name).unlink()
+    for _ in range(3):
+        found = repair(store, source=copy)
+    assert found.clean
+    assert found.actions == []
+    assert same(opened(store).load(1), {"w": noise(2, 60_000)})
+
+
+def test_a_repair_whose_session_a_gc_has_ended_sets_nothing_aside(tmp_path, monkeypatch):
+    saved_on_disk(tmp_path, (1, 1))
+    [pack] = packs_of(tmp_path)
+    spoil(pack)
+    publish = Session.publish
+
+    def given_up(self, manifest, parts=()):
+        publish(self, manifest, parts)
+        gc.collect(tmp_path, patience_s=-1)
+
+    monkeypatch.setattr(Session, "publish", given_up)
+    with pytest.raises(DeltackptError):
+        repair(tmp_path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "quarantine").iterdir())

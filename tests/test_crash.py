@@ -1,55 +1,20 @@
-"""Every write of every operation fails; and the orders of a power loss that once lost something.
+"""The orders of a power loss that once lost something.
 
-What a power loss may leave at all is tried in tests/crash.
+What a power loss may leave at all is tried in tests/crash, what a failure may in test_every_call.py.
 """
-
-import errno
-import itertools
 
 import numpy as np
 import pytest
-from faults import CrashBackend, Cut, FailingBackend, contents
-from scenes import SCENES, check_usable, made, saved, state, visible
+from faults import CrashBackend, Cut, contents
+from scenes import saved, state, visible
 from steps import assert_steps, collect, noise, opened
 
 from deltackpt import session, snapshot
 from deltackpt.backends.memory import MemoryBackend
-from deltackpt.errors import StorageError
 from deltackpt.memory import Memory
 from deltackpt.session import Session
 from deltackpt.shadow import Shadow
 from deltackpt.store import open_store
-
-
-@pytest.fixture(params=SCENES)
-def a_scene(request, monkeypatch):
-    return made(request.param, monkeypatch)
-
-
-@pytest.mark.parametrize("landed", [False, True], ids=["not done", "answer lost"])
-@pytest.mark.parametrize(
-    ("error", "once"),
-    [(errno.ENOSPC, False), (errno.EIO, True)],
-    ids=["the disk is full for good", "one call fails"],
-)
-def test_any_write_may_fail_and_is_either_an_error_or_a_success(a_scene, error, once, landed):
-    errors = set()
-    for nth in itertools.count():
-        inner = a_scene.backend()
-        backend = FailingBackend(inner, nth, error=error, once=once, landed=landed)
-        try:
-            a_scene.act(backend)
-        except StorageError as e:
-            is_done = False
-            errors.add(e.errno)
-        else:
-            is_done = True
-        found = visible(inner)
-        assert a_scene.is_new(found) if is_done else a_scene.is_old_or_new(found)
-        check_usable(a_scene, inner, found)
-        if backend.n_ops <= nth:
-            break
-    assert errors <= {error}
 
 
 def revived(backend):

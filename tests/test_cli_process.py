@@ -30,6 +30,7 @@ CALLS: dict[str, tuple[list[str], str]] = {
     "info": ([], "version"),
     "ls": ([], "run "),
     "pin": (["20"], "main step 20: pinned"),
+    "repair": ([], "clean: nothing to do"),
     "restore": (["-o", "out.npz"], "out.npz: main step 30, "),
     "save": (["s_40.npz"], "s_40.npz: main step 40: "),
     "show": (["--step", "20"], "tensor"),
@@ -101,7 +102,7 @@ def test_quiet_still_tells_damage_errors_and_what_would_be_done():
 def test_a_missing_store_is_an_error_with_a_hint_on_stderr_alone(command):
     args, _ = CALLS[command]
     done = process("-s", "none", command, *args)
-    assert (done.returncode, done.stdout) == (2 if command == "verify" else 3, "")
+    assert (done.returncode, done.stdout) == (2 if command in ("verify", "repair") else 3, "")
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: ")
     assert error.endswith("none: no deltackpt store here")

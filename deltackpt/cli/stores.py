@@ -247,13 +247,13 @@ def repair(ctx: click.Context, dry_run: bool, source: Path | None, as_json: bool
     What is lost for good is told, and the next save that has the same bytes makes the old steps whole too.
     It reads all that is stored.
 
-    
+    \b
     Exit codes:
       0    the store is clean
       1    some of it is damaged still; with --dry-run, there is something to do
       2    it could not be repaired
 
-    
+    \b
     Examples:
       deltackpt repair --dry-run
       deltackpt repair --from /mnt/copy

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 
+import losses
 import orders
 import pytest
-import states
+from losses import Effort, ViolationError
 from mutants import BROKEN
-from states import Effort, ViolationError
 
 #: What is tried, the cheapest first: loads, then successors, then what comes next.
 EFFORTS = [Effort(4, 0, 0), Effort(4, 0, 1.0), Effort(4, 0.5, 0)]
@@ -23,7 +23,7 @@ def hunt(name: str, seed: int) -> str | None:
                 if where in orders.ORDERS:
                     orders.explore(where, 1.0, seed)
                 else:
-                    states.explore(where, effort, seed)
+                    losses.explore(where, effort, seed)
         except ViolationError as violation:
             return f"{where}: {violation}"
     return None

@@ -243,17 +243,6 @@ def _(patch):
     patch.setattr(Session, "_start", started)
 
 
-@mutant("a rank's session record goes before the decision", "a gc that waits, beside two ranks")
-def _(patch):
-    hand_over = Session.hand_over
-
-    def handed_over(self):
-        self._backend.delete(self.name.key)
-        return hand_over(self)
-
-    patch.setattr(Session, "hand_over", handed_over)
-
-
 @mutant("what was replaced is forgotten before the decision", TWICE)
 def _(patch):
     commit = Session.commit

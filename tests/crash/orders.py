@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from actors import Actor, Stop, at_call, before, behind, never, pausing
 from claims import Claims, found_in
+from losses import BROKEN, ViolationError, at_once, check_allowed, check_usable
 from scenarios import ROOT, Act, Scenario, limits, prepared, ranks
 from scenes import forgot, many, saved, state
-from states import BROKEN, ViolationError, at_once, check_allowed, check_usable
 from steps import collect, opened
 
 from deltackpt import gc, snapshot

@@ -4,7 +4,7 @@ import os
 import random
 from collections import Counter
 
-from states import ALL, Effort
+from losses import ALL, Effort
 
 SEED = int(os.environ.get("CRASH_SEED") or random.SystemRandom().randrange(1 << 32))
 #: What was tried, of what how much.

@@ -4,9 +4,9 @@ A second process between any two calls of a first; and each rule of the protocol
 found out.  `CRASH_STATES=all pytest tests/crash` leaves nothing out; `CRASH_SEED=n` gives a run again.
 """
 
+import losses
 import orders
 import pytest
-import states
 from hunt import hunt
 from mutants import BROKEN
 from orders import ORDERS
@@ -27,7 +27,7 @@ def outcome(results, job):
         pytest.fail(f"CRASH_SEED={SEED}: {job[1]}, {violation}", pytrace=False)
 
 
-@jobs(states.explore, NAMES, EFFORT)
+@jobs(losses.explore, NAMES, EFFORT)
 def test_a_power_loss_leaves_what_was_acknowledged_and_a_store_that_works(results, job):
     count = outcome(results, job)
     assert count["states"] > 0
@@ -35,7 +35,7 @@ def test_a_power_loss_leaves_what_was_acknowledged_and_a_store_that_works(result
 
 
 def test_at_least_a_hundred_thousand_states_were_tried(results):
-    tried = [job for job in results if job[0] is states.explore]
+    tried = [job for job in results if job[0] is losses.explore]
     if len(tried) < len(NAMES):
         pytest.skip("not all scenarios were asked for")
     assert total["states"] >= 100_000

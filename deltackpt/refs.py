@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from deltackpt.backends import Backend
@@ -55,6 +54,7 @@ class Refs:
         self._known: dict[Slot, Commit | Fence] = {}
         self._tombstones: frozenset[Slot] = frozenset()  # those seen; replaced, never changed
         self._settled: dict[str, Listing] = {}  # by run, what is known to be durable
+        self._written: set[str] = set()  # runs in which this process has
 
     def runs(self) -> list[str]:
         """Return the names of all runs, sorted; gc's own sessions and foreign directories are none."""
@@ -237,6 +237,7 @@ class Refs:
             raise lost(slot, found)
         self._backend.barrier(f"refs/{slot.run}", "refs")
         self._known[slot] = decision
+        self._written.add(slot.run)
         return len(data)
 
     def forget(self, slots: Iterable[Slot]) -> None:
@@ -257,13 +258,20 @@ class Refs:
         for run in self.runs():
             listing = self.listing(run)
             if listing != self._settled.get(run) and listing.slots:
-                # Finding a name taken has a barrier flush its directory.  The same bytes: if a repair moves
-                # it away meanwhile, no other decision takes its place.
-                key = listing.slots[0].key
-                with suppress(NotFoundError):
-                    self._backend.create_once(key, self._backend.read(key))
+                self._backend.doubt(f"refs/{run}")
                 self._backend.barrier(f"refs/{run}", "refs")
                 self._settled[run] = listing
+
+    def below(self, slot: Slot) -> tuple[str, ...]:
+        """Return the directories to be flushed before a decision in a slot; none if this process has decided.
+
+        A power loss must not take the step before, or the attempt that is replaced, and leave what builds on
+        it: nobody was told of either, but the store would miss one for ever.
+        """
+        if slot.run in self._written and slot.attempt == 1:
+            return ()
+        self._backend.doubt(f"refs/{slot.run}")
+        return f"refs/{slot.run}", "refs"
 
     # -- pins
 

@@ -433,7 +433,7 @@ class Session:
             self._publish_index()
         if manifest is not None:
             self._create(manifest_key(self.sid), manifest)
-            self._backend.barrier("manifests")
+            self._backend.barrier("manifests", *self.store.refs.below(self.slot))
         self._check_packs()
         for chunk_id in self._quarantined & self._new.keys():
             self._backend.delete(lost_key(chunk_id))  # there is a good copy now

@@ -81,6 +81,9 @@ class Wrapper(Backend):
     def rely_on(self, names):
         self.inner.rely_on(names)
 
+    def doubt(self, directory):
+        self.inner.doubt(directory)
+
     def create_once(self, name, data, *, flush=True):
         return self._do("create_once", name, lambda: self.inner.create_once(name, data, flush=flush))
 
@@ -171,6 +174,9 @@ class CrashBackend(Wrapper):
     def run_to(self, nth: int) -> None:
         """Raise `Cut` once `nth` changes, counted from the start, were made and another call comes."""
         self._cut_at = nth
+
+    def doubt(self, directory):
+        self._dirty.add(directory)
 
     def create_once(self, name, data, *, flush=True):
         def call():

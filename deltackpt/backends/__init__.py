@@ -119,6 +119,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def doubt(self, directory: str) -> None:
+        """Take what is directly under a directory for not durable, whoever made it: a barrier flushes it.
+
+        Whoever finds an object cannot know whether its writer lived to have its name flushed.
+        """
+
+    @abstractmethod
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:
         """Publish `data` under `name` unless the name is taken, all of it at once.
 

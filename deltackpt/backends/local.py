@@ -166,6 +166,15 @@ class LocalBackend(Backend):
             self._durable.update((self._root, *self._root.parents))
             self._durable.update(self._root / check_name(name) for name in names)
 
+    def doubt(self, directory: str) -> None:
+        """See `Backend.doubt`."""
+        self._check_dirs(check_name(directory))
+        path = self._root / directory
+        if self._is_dir(path):
+            with self._lock:
+                self._dirty.add(path)
+                self._note_dir(path)
+
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:
         """See `Backend.create_once`."""
         for _ in range(_N_SWEPT_MAX):

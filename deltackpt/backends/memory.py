@@ -60,6 +60,10 @@ class MemoryBackend(Backend):
         for name in names:
             check_name(name)
 
+    def doubt(self, directory: str) -> None:
+        """See `Backend.doubt`."""
+        check_name(directory)
+
     def rely_on(self, names: Iterable[str]) -> None:
         """Do nothing: there are no directories here."""
 

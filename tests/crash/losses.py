@@ -223,12 +223,7 @@ def check_usable(disk: Disk, found: dict, scenario: Scenario) -> None:
         check_same(disk, expected, "a repair")
     collect(backend, force=scenario.may_ask)
     check_same(disk, expected, "the next gc")
-    # Nobody was told of a step that a power loss takes and leaves a later one, and verify cannot know that.
-    damage = [
-        d
-        for d in verify(backend, level="decode").damage
-        if not (d.kind == "commit" and "came after it" in d.message)
-    ]
+    damage = verify(backend, level="decode").damage
     if damage:
         raise ViolationError(f"verify: {damage[0].message}")
     left = [path for path in disk.contents() if path.startswith((TMP, SESSIONS))]

@@ -96,6 +96,8 @@ class RepairPlan:
         Manifests that are damaged or lost.
     rewrite : list of Salvage
         Packs whose good records go into a new one.
+    keep : list of bytes
+        Chunks that are stored again before a gc deletes the only good copy.
     fetch : list of bytes
         Chunks that the other store has.
     aside : list of str
@@ -114,9 +116,9 @@ class RepairPlan:
     supersede: dict[Slot, Commit] = field(default_factory=dict)
     replace: dict[str, bytes] = field(default_factory=dict)
     rewrite: list[Salvage] = field(default_factory=list)
+    keep: list[bytes] = field(default_factory=list)
     fetch: list[bytes] = field(default_factory=list)
     aside: list[str] = field(default_factory=list)
-    keep: list[bytes] = field(default_factory=list)
     quarantine: list[bytes] = field(default_factory=list)
     release: list[bytes] = field(default_factory=list)
     bad_index: list[str] = field(default_factory=list)
@@ -236,12 +238,8 @@ def _plan_decision(found: Survey, slot: Slot, p: RepairPlan, act: _Act) -> None:
     if slot not in listing.slots:
         if decided is not None:
             p.create[slot.key] = decided.to_bytes()
-            why = (
-                "the other store has it"
-                if isinstance(decided, Commit)
-                else "the other store has forgotten it"
-            )
-            act("create", slot.key, why)
+            has = "has" if isinstance(decided, Commit) else "has forgotten"
+            act("create", slot.key, f"the other store {has} it")
         elif slot in listing.tombstones:
             p.create[slot.key] = Fence(slot, bytes(16)).to_bytes()
             act("create", slot.key, "it is forgotten: a fence takes its place")
@@ -391,7 +389,7 @@ class _Repair:
     def _move_aside(self, key: str) -> None:
         """Keep the bytes of a file in the quarantine, and delete it, so that its name is free."""
         try:
-            data = self._backend.read(key)
+            data = survey.readable(self._backend, key)
         except NotFoundError:
             return
         kept, n = aside_key(key), 1

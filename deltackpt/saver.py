@@ -219,16 +219,7 @@ class Saver:
         published = time.perf_counter()
         saved.seconds["publish"] = published - at
         packs, rows = session.packs(), session.rows()
-        figures = Figures(
-            saved.logical_size,
-            session.new_size,
-            session.written_size,
-            len(saved.manifest.tensors),
-            saved.n_chunks,
-            session.n_new_chunks,
-            {phase: round(s, 6) for phase, s in saved.seconds.items()},
-            saved.costs(rows),
-        )
+        figures = saved.figures(session)
         figures = replace(figures, energy=_energy(taken, figures))
         before = session.superseded
         commit = session.commit(

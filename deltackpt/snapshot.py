@@ -31,6 +31,7 @@ from deltackpt.manifest import Manifest, TensorRow, build_lists
 from deltackpt.memory import Ends, Known, Memory
 from deltackpt.modes import Taken, Tried, kept, learned
 from deltackpt.pack import PackName
+from deltackpt.records import Figures
 from deltackpt.session import Parent, Session
 from deltackpt.shadow import Fresh, Shadow
 from deltackpt.staging import Look, Reusable, looks
@@ -98,6 +99,19 @@ class Saved:
             tensors.append(known)
         new_share = self.new_size / self.logical_size if self.logical_size else 1.0
         return Memory(tensors, self.glances, new_share=new_share)
+
+    def figures(self, session: Session) -> Figures:
+        """Return what a published session took for it."""
+        return Figures(
+            self.logical_size,
+            session.new_size,
+            session.written_size,
+            len(self.manifest.tensors),
+            self.n_chunks,
+            session.n_new_chunks,
+            {phase: round(s, 6) for phase, s in self.seconds.items()},
+            self.costs(session.rows()),
+        )
 
     def costs(self, rows: Rows) -> list[GroupCost]:
         """Return what each group of tensors cost, given the rows of what the session wrote."""

@@ -7,6 +7,7 @@ Never  changes anything, or decides what is to be done.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltackpt import codecs, pack
+from deltackpt.backends import Backend
 from deltackpt.chains import Chains, Copy, as_ids
 from deltackpt.errors import CorruptError, FormatError, NotFoundError, UnsupportedVersionError
 from deltackpt.format import PACK_HEADER, RECORD_HEADER, ROW
@@ -35,6 +37,8 @@ from deltackpt.store import Store
 from deltackpt.types import U8
 from deltackpt.verify import Damage, verify
 
+#: What is read at a time of a file that the device cannot read whole: a page, of which a disk loses all.
+_BLOCK_SIZE = 4096
 #: A run of which nothing is left.
 _NOTHING = Listing([], frozenset(), frozenset(), [])
 
@@ -147,6 +151,9 @@ class _Surveyor:
                 found.salvages.append(salvage)
         self._index_files()
         self._chunks(index)
+        if found.lost and (again := self._again(index)):
+            found.salvages += again
+            self._chunks(index)
         return found
 
     # -- small records
@@ -211,7 +218,7 @@ class _Surveyor:
                 if sid_of(key) is not None:
                     try:
                         data = backend.read(key)
-                    except NotFoundError:
+                    except (CorruptError, NotFoundError):
                         continue
                     digest = blake3(data).digest()
                     if digest in wanted:
@@ -235,7 +242,7 @@ class _Surveyor:
     def _salvage(self, name: PackName, index: Index) -> Salvage | None:
         """Return what is left of a pack; None if all of it is right: then only a base elsewhere is not."""
         try:
-            data = self._backend.read(name.key)
+            data = readable(self._backend, name.key)
         except NotFoundError:
             return None
         try:
@@ -246,16 +253,30 @@ class _Surveyor:
             return None
         except CorruptError:
             told, is_framed = _rows_of(index, name), False
+        good = self._good(name, data)
+        if is_framed and np.array_equal(good["offset"], told["offset"]):
+            return None
+        ids = {chunk_id.tobytes() for chunk_id in told["id"]}
+        return Salvage(name, good, frozenset(ids - {chunk_id.tobytes() for chunk_id in good["id"]}))
+
+    def _again(self, index: Index) -> list[Salvage]:
+        """Return what packs that were set aside before have of what is lost now."""
+        found, again = self._found, []
+        for name in sorted(found.quarantine.packs & found.packs):
+            good = self._good(name, readable(self._backend, name.key))
+            good = good[[chunk_id.tobytes() in found.lost for chunk_id in good["id"]]]
+            if len(good):
+                again.append(Salvage(name, good, frozenset()))
+        return again
+
+    def _good(self, name: PackName, data: bytes) -> Rows:
+        """Return a row of each record in a pack that is right."""
         rows = [
             _row(offset, record)
             for offset, record in pack.salvage(data, name.key)
             if self._is_right(record, np.frombuffer(data, np.uint8)[offset + RECORD_HEADER.size :], name.key)
         ]
-        good = np.concatenate([np.zeros(0, ROW), *rows])
-        if is_framed and np.array_equal(good["offset"], told["offset"]):
-            return None
-        ids = {chunk_id.tobytes() for chunk_id in told["id"]}
-        return Salvage(name, good, frozenset(ids - {chunk_id.tobytes() for chunk_id in good["id"]}))
+        return np.concatenate([np.zeros(0, ROW), *rows])
 
     def _is_right(self, record: Record, rest: U8, where: str) -> bool:
         """Return whether a record gives its chunk; of a delta whose base is not to be had nobody can tell."""
@@ -371,6 +392,18 @@ class _Surveyor:
                 entries: Iterable[np.void] = list_from_bytes(data, level, size, f"list {chunk_id.hex()[:16]}")
                 return entries
         return ()
+
+
+def readable(backend: Backend, key: str) -> bytes:
+    """Return a file's bytes, with zeros for blocks that the device cannot read."""
+    try:
+        return backend.read(key)
+    except CorruptError:
+        data = bytearray(backend.size(key))
+    for at in range(0, len(data), _BLOCK_SIZE):
+        with suppress(CorruptError):
+            backend.read_into(key, at, [memoryview(data)[at : at + _BLOCK_SIZE]])
+    return bytes(data)
 
 
 def read(store: Store, chunk_id: bytes) -> U8 | None:

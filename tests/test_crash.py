@@ -3,6 +3,9 @@
 What a power loss may leave at all is tried in tests/crash, what a failure may in test_every_call.py.
 """
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 from faults import CrashBackend, Cut, contents
@@ -92,3 +95,33 @@ def test_no_save_builds_on_a_pack_whose_writer_died_before_its_barrier():
     opened(store).save(new, step=2)
     for left in crash.crash_states():
         assert_steps(visible(left), {1: state(1), 2: new})
+
+
+def died_after_deciding(step):
+    """A store of a step, and another whose writer died between its decision and the flush of it."""
+    decided, n_ops = f"refs/main/{step}.{1 + (step == 1)}", 0
+    crash = CrashBackend(MemoryBackend())
+    while decided not in contents(crash.inner):
+        crash = CrashBackend(MemoryBackend())
+        saved(1)(crash)
+        crash.run_to(crash.n_ops + n_ops)
+        with pytest.raises(Cut):
+            opened(crash).save(state(step), step=step, overwrite=True)
+        n_ops += 1
+    return revived(crash)
+
+
+@pytest.mark.parametrize(("seen", "saves"), [("2.1", "3.1"), ("1.2", "1.3")])
+def test_a_power_loss_takes_no_decision_and_leaves_one_that_builds_on_it(seen, saves):
+    step = int(saves[0])
+    for nth in itertools.count():
+        crash = died_after_deciding(int(seen[0]))
+        crash.run_to(crash.n_ops + nth)
+        with contextlib.suppress(Cut):
+            opened(crash).save(state(step), step=step, overwrite=True)
+        is_over = crash.n_ops <= crash._cut_at
+        for left in crash.crash_states():
+            names = contents(left)
+            assert f"refs/main/{saves}" not in names or f"refs/main/{seen}" in names
+        if is_over:
+            break

@@ -1,6 +1,7 @@
 """Each kind of damage is repaired as far as can be, and no repair makes it worse."""
 
 import contextlib
+import errno
 import itertools
 import shutil
 
@@ -11,7 +12,9 @@ from faults import CrashBackend, Cut, contents, memory_of
 from steps import assert_steps, collect, floats, noise, opened, repeats, same, visible
 
 from deltackpt import gc, snapshot
+from deltackpt.backends.local import LocalBackend
 from deltackpt.backends.memory import MemoryBackend
+from deltackpt.backends.osshim import Os
 from deltackpt.errors import CorruptError, DeltackptError, InvalidInputError, StorageError
 from deltackpt.memory import Memory
 from deltackpt.pack import Record
@@ -669,3 +672,56 @@ def test_a_repair_whose_session_a_gc_has_ended_sets_nothing_aside(tmp_path, monk
         repair(tmp_path)
     monkeypatch.undo()
     assert not list((tmp_path / "quarantine").iterdir())
+
+
+class BadSector(Os):
+    """A disk that cannot read one page of the file whose name ends so."""
+
+    def __init__(self, name, page):
+        self.name, self.page, self.paths = name, page, {}
+
+    def open(self, path, *args):
+        fd = super().open(path, *args)
+        self.paths[fd] = path
+        return fd
+
+    def preadv(self, fd, views, offset):
+        start = 4096 * self.page
+        end = offset + sum(map(len, views))
+        if self.paths[fd].endswith(self.name) and offset < start + 4096 and start < end:
+            raise OSError(errno.EIO, "input/output error")
+        return super().preadv(fd, views, offset)
+
+
+@pytest.mark.parametrize("kind", ["packs", "manifests", "index", "refs/main", "gc"])
+def test_what_the_device_cannot_read_is_damage_like_any_other(tmp_path, kind):
+    store, copy = tmp_path / "store", tmp_path / "copy"
+    for step in (1, 2):
+        opened(store).save(state(step), step=step)
+    opened(store, "other").save({"x": noise(7, 9000)}, step=1)
+    opened(store, "other").forget([1])
+    assert collect(store).n_deleted
+    shutil.copytree(store, copy)
+    name = max((store / kind).iterdir(), key=lambda path: path.stat().st_size).name
+    bad = LocalBackend(store, calls=BadSector(name, 0))
+    damage = verify(bad, level="decode").damage
+    assert any(name in d.key and "EIO" in d.message for d in damage)
+    found = repair(bad, source=copy)
+    assert found.actions
+    if kind == "packs":  # but for the page and the pack that has it, all is there again
+        assert found.clean
+        assert same(opened(bad).load(2), state(2))
+
+
+def test_what_was_set_aside_is_looked_at_again_if_its_copy_is_lost(tmp_path):
+    opened(tmp_path).save({"w": noise(1, 2_000_000)}, step=1)
+    before = packs_of(tmp_path)
+    spoil(*before)
+    found = repair(tmp_path)
+    assert found.damage
+    [copy] = packs_of(tmp_path) - before
+    copy.unlink()
+    again = repair(tmp_path)
+    assert len(again.damage) == len(found.damage)
+    assert packs_of(tmp_path) - before
+    assert repair(tmp_path).actions == []

@@ -174,7 +174,8 @@ class Backend(ABC):
         Raises
         ------
         CorruptError
-            If the object ends before the buffers are full; their contents are then undefined.
+            If the object ends before the buffers are full, or the device cannot read it (EIO); their
+            contents are then undefined.
         """
 
     @abstractmethod
@@ -330,6 +331,14 @@ def too_short(where: str, offset: int, wanted_size: int, size: int) -> CorruptEr
     return CorruptError(
         f"{where} @ {offset}: found {got_size} bytes, expected {wanted_size}; the object ends at {size}",
         hint="run verify",
+    )
+
+
+def unreadable(where: str, offset: int, wanted_size: int) -> CorruptError:
+    """The error for bytes that the device does not give back: as bad as changed, another copy will do."""
+    return CorruptError(
+        f"{where} @ {offset}: the device cannot read {wanted_size} bytes (EIO)",
+        hint="look at the system log, then run repair",
     )
 
 

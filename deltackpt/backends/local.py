@@ -33,6 +33,7 @@ from deltackpt.backends import (
     is_name,
     not_found,
     too_short,
+    unreadable,
 )
 from deltackpt.backends.osshim import Os
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError, StorageError
@@ -415,7 +416,12 @@ class LocalBackend(Backend):
     def _fill(self, name: str, handle: _Handle, offset: int, views: builtins.list[memoryview]) -> None:
         wanted_size = sum(map(len, views))
         with _translated(self._where(name), "read"):
-            done_size = _move(views, lambda some, done: self._os.preadv(handle.fd, some, offset + done))
+            try:
+                done_size = _move(views, lambda some, done: self._os.preadv(handle.fd, some, offset + done))
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                raise unreadable(self._where(name), offset, wanted_size) from error
         if done_size < wanted_size:
             raise too_short(self._where(name), offset, wanted_size, offset + done_size)
 

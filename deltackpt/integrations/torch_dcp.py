@@ -257,16 +257,7 @@ class DeltaStorageWriter(StorageWriter):
             saved = snapshot.save(session, state, saver.before, saver.shadow, allow_pickle=self.allow_pickle)
             session.publish(None)
             packs, rows = session.packs(), session.rows()
-            figures = Figures(
-                saved.logical_size,
-                session.new_size,
-                session.written_size,
-                len(saved.manifest.tensors),
-                saved.n_chunks,
-                session.n_new_chunks,
-                {phase: round(s, 6) for phase, s in saved.seconds.items()},
-                saved.costs(rows),
-            )
+            figures = saved.figures(session)
             part = session.hand_over()
         # Packs that are there may be relied on by the next save even if nobody decides this one.
         saver.memory = saved.memory(packs, rows)

@@ -15,7 +15,6 @@ import os
 import secrets
 import stat
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
@@ -35,11 +34,11 @@ from deltackpt.backends import (
     too_short,
     unreadable,
 )
+from deltackpt.backends.handles import Handle, Handles, check_is_file
 from deltackpt.backends.osshim import Os
+from deltackpt.backends.reserve import Reserve
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError, StorageError
 
-# Not to wait: a pipe in the place of an object has nobody at its other end.
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
@@ -57,12 +56,6 @@ _N_OPEN_MAX = 64
 _N_SWEPT_MAX = 7
 #: Characters of an object's name in that of its file in tmp/, for whoever lists it.
 _N_TMP_CHARS = 48
-
-#: Space kept for a forget and a gc on a full disk, or as much as there is room for.  Most records of theirs
-#: take a block of the file system, 4 KiB.
-_RESERVE_SIZE, _RESERVE_SIZE_MIN = 128 << 10, 8 << 10
-#: Its name is that of no object: nobody lists it.
-_RESERVE = ".reserve"
 
 #: What a look-up says where there is no object; a symbolic link, which is never followed, says ELOOP, a
 #: socket ENXIO.
@@ -129,7 +122,8 @@ class LocalBackend(Backend):
         # What is put in front of the system's calls, or changes them, is this process's alone.
         self.path = self.url if calls is None and type(self) is LocalBackend else None
         self._os = calls or Os()
-        self._handles = _Handles(self._os, _N_OPEN_MAX)
+        self._handles = Handles(self._os, _N_OPEN_MAX)
+        self._reserve = Reserve(self._os, f"{self.url}/.reserve")
         self._lock = threading.Lock()
         self._barrier_lock = threading.Lock()
         # Directories to flush; those whose own name is not yet known to be durable; those where it is. For
@@ -223,45 +217,11 @@ class LocalBackend(Backend):
 
     def keep_reserve(self) -> None:
         """See `Backend.keep_reserve`."""
-        size = _RESERVE_SIZE
-        with suppress(OSError):
-            if self._os.lstat(f"{self.url}/{_RESERVE}").st_size >= size:
-                return
-        # It is not there, was cut short, or is of a time when there was less room.
-        while size >= _RESERVE_SIZE_MIN and not self._reserve(size):
-            size //= 2
-
-    def _reserve(self, size: int) -> bool:
-        """Have the reserve take so much space; False if there is not as much."""
-        path = f"{self.url}/{_RESERVE}"
-        with suppress(OSError):
-            self._os.unlink(path)
-        done_size = 0
-        with suppress(OSError):
-            fd = self._os.open(path, _WRITE, 0o666)
-            try:
-                # Not zeros, which some file systems store as nothing.
-                views = byte_views([secrets.token_bytes(size)])
-                moved_size = _move(views, lambda some, _: self._os.writev(fd, some))
-            finally:
-                self._os.close(fd)
-            done_size = moved_size  # some tell only now that there is no room
-        return done_size == size
+        self._reserve.keep()
 
     def spend_reserve(self, share: float = 1.0) -> bool:
         """See `Backend.spend_reserve`."""
-        path = f"{self.url}/{_RESERVE}"
-        try:
-            size = self._os.lstat(path).st_size
-            left_size = max(int(size * (1 - share)), _RESERVE_SIZE_MIN if share < 1 else 0)
-            if left_size >= size:
-                return False
-            self._os.unlink(path)
-        except OSError:
-            return False
-        if left_size:
-            self._reserve(left_size)
-        return True
+        return self._reserve.spend(share)
 
     def close(self) -> None:
         """Close the files held open for reading; a later read opens them again."""
@@ -380,7 +340,7 @@ class LocalBackend(Backend):
     def _status(self, name: str) -> os.stat_result:
         with _translated(self._where(name), "look up", may_be_absent=True):
             status = self._os.lstat(self._path(name))
-            _check_is_file(self._where(name), status)
+            check_is_file(self._where(name), status)
         return status
 
     def _names(self, prefix: str, kind: int) -> builtins.list[str]:
@@ -404,7 +364,7 @@ class LocalBackend(Backend):
     # -- reading, below --------------------------------------------------------------------------------------
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[_Handle]:
+    def _opened(self, name: str) -> Iterator[Handle]:
         path = self._path(name)
         with _translated(self._where(name), "open", may_be_absent=True):
             handle = self._handles.acquire(path)
@@ -413,7 +373,7 @@ class LocalBackend(Backend):
         finally:
             self._handles.release(handle)
 
-    def _fill(self, name: str, handle: _Handle, offset: int, views: builtins.list[memoryview]) -> None:
+    def _fill(self, name: str, handle: Handle, offset: int, views: builtins.list[memoryview]) -> None:
         wanted_size = sum(map(len, views))
         with _translated(self._where(name), "read"):
             try:
@@ -615,110 +575,6 @@ class _LocalWriter(Writer):
             self._os.unlink(self._tmp)
 
 
-class _Handle:
-    """An open file, closed when it is neither kept nor in use."""
-
-    __slots__ = ("fd", "is_kept", "n_users", "size")
-
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd = fd
-        self.size = size
-        self.n_users = 1
-        self.is_kept = False
-
-
-class _Handles:
-    """The files read last, kept open, so that a restore opens each pack once."""
-
-    def __init__(self, calls: Os, n_open_max: int) -> None:
-        self._os = calls
-        self._n_open_max = n_open_max
-        self._kept: OrderedDict[str, _Handle] = OrderedDict()
-        self._n_drops = 0
-        self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        # Whoever loads by path, again and again, never sees the backend that is to be closed.
-        self.drop_all()
-
-    def acquire(self, path: str) -> _Handle:
-        """The open file, for use until `release`; bare `OSError` if it cannot be opened."""
-        with self._lock:
-            handle = self._kept.get(path)
-            if handle is not None:
-                self._kept.move_to_end(path)
-                handle.n_users += 1
-                return handle
-            n_drops = self._n_drops
-        handle = self._open(path)
-        with self._lock:
-            # Opened by two at once: each uses its own, one is kept. Dropped meanwhile: maybe this very file.
-            if path not in self._kept and n_drops == self._n_drops:
-                handle.is_kept = True
-                self._kept[path] = handle
-            evicted = [self._kept.popitem(last=False)[1] for _ in range(len(self._kept) - self._n_open_max)]
-        self._let_go(evicted)
-        return handle
-
-    def release(self, handle: _Handle) -> None:
-        """Be done with a file."""
-        with self._lock:
-            handle.n_users -= 1
-            is_last = not handle.n_users and not handle.is_kept
-        if is_last:
-            self._close(handle)
-
-    def drop(self, path: str) -> None:
-        """Keep a file no longer."""
-        with self._lock:
-            self._n_drops += 1
-            handle = self._kept.pop(path, None)
-        self._let_go([handle] if handle else [])
-
-    def drop_deleted(self) -> None:
-        """Keep no file that somebody deleted: while it is open the system does not give its space back."""
-        with self._lock:
-            paths = list(self._kept)
-        for path in paths:
-            try:
-                self._os.lstat(path)
-            except FileNotFoundError:
-                self.drop(path)
-            except OSError:
-                continue
-
-    def drop_all(self) -> None:
-        """Keep no file."""
-        with self._lock:
-            self._n_drops += 1
-            handles = list(self._kept.values())
-            self._kept.clear()
-        self._let_go(handles)
-
-    def _let_go(self, handles: Iterable[_Handle]) -> None:
-        for handle in handles:
-            with self._lock:
-                handle.is_kept = False
-                is_unused = not handle.n_users
-            if is_unused:
-                self._close(handle)
-
-    def _open(self, path: str) -> _Handle:
-        fd = self._os.open(path, _READ)
-        try:
-            status = self._os.fstat(fd)
-            _check_is_file(path, status)
-        except BaseException:
-            self._os.close(fd)
-            raise
-        return _Handle(fd, status.st_size)
-
-    def _close(self, handle: _Handle) -> None:
-        # Nothing was written through it, so nothing is lost.
-        with suppress(OSError):
-            self._os.close(handle.fd)
-
-
 def _move(views: list[memoryview], step: Callable[[list[memoryview], int], int]) -> int:
     """Call `step(views, size moved so far)` until all bytes are moved, or it moves none; the size moved."""
     done_size = 0
@@ -734,12 +590,6 @@ def _move(views: list[memoryview], step: Callable[[list[memoryview], int], int])
         if step_size:
             views[at] = views[at][step_size:]
     return done_size
-
-
-def _check_is_file(where: str, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = stat.filemode(status.st_mode)[0]
-        raise NotFoundError(f"{where}: found an entry of kind {kind!r}, expected a regular file ('-')")
 
 
 @contextmanager

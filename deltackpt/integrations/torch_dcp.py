@@ -97,7 +97,7 @@ class DeltaStorageWriter(StorageWriter):
 
     Examples
     --------
-    >>> import tempfile, torch.distributed.checkpoint as dcp
+    >>> import tempfile, torch, torch.distributed.checkpoint as dcp
     >>> with tempfile.TemporaryDirectory() as store:
     ...     state = {"w": torch.arange(6.0), "epoch": 3}
     ...     writer = DeltaStorageWriter(store, step=10)

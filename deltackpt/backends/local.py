@@ -165,10 +165,12 @@ class LocalBackend(Backend):
         """See `Backend.doubt`."""
         self._check_dirs(check_name(directory))
         path = self._root / directory
-        if self._is_dir(path):
-            with self._lock:
+        with self._lock:  # whoever makes it meanwhile notes it after this
+            if self._is_dir(path):
                 self._dirty.add(path)
                 self._note_dir(path)
+            else:
+                self._dirty.discard(path)  # noted for a link that failed: there is nothing to flush
 
     def create_once(self, name: str, data: Buffer, *, flush: bool = True) -> bool:
         """See `Backend.create_once`."""

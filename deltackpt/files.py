@@ -659,12 +659,70 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    _flush_names(path.parent)
+
+
+def write_small(path: Path, data: bytes) -> None:
+    """Write a file that is there whole and durable on return, or, on an error, as it was before.
+
+    Raises
+    ------
+    StorageError
+        If the disk fails or is full.
+    """
+    with _replacing(path) as file, _storage_errors(path):
+        file.write(data)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, where they are not there.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be made.
+    """
     with _storage_errors(path):
-        directory = os.open(path.parent, os.O_RDONLY)
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def read_small(path: Path, size_max: int) -> bytes | None:
+    """Return what a file holds; None if it is not there, is no file, or is larger.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    with _storage_errors(path):
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            data = file.read(size_max + 1)
+    return data if len(data) <= size_max else None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a link; durable on return.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be removed.
+    """
+    with _storage_errors(path):
+        path.unlink(missing_ok=True)
+    _flush_names(path.parent)
+
+
+def _flush_names(directory: Path) -> None:
+    """Have what was created, renamed or removed there survive a power loss."""
+    with _storage_errors(directory):
+        fd = os.open(directory, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            os.fsync(fd)
         finally:
-            os.close(directory)
+            os.close(fd)
 
 
 @contextmanager

@@ -1,0 +1,170 @@
+"""Markers: a small file that stands where a framework expects its checkpoint, for a step of a run.
+
+Owns   the bytes of it, putting it there, which step a path may take.
+Never  saves, loads or forgets the step that it names.
+
+A marker is put down once its step is durable, and taken away before the step is forgotten, so that no kill
+leaves one without its step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from deltackpt import files
+from deltackpt.errors import InvalidInputError, NotFoundError
+from deltackpt.records import Commit
+from deltackpt.run import Run
+
+_KIND = "deltackpt-marker-1"
+_SIZE_MAX = 16 << 10
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What stands at a path.
+
+    Parameters
+    ----------
+    store : str
+        Where the store was, for people.
+    run, step : str, int
+    sid : str
+        The session that saved the step: a step saved over it is another.
+
+    Examples
+    --------
+    >>> Marker("/data/ckpts", "main", 20, "00ff").to_bytes()
+    b'{"kind": "deltackpt-marker-1", "store": "/data/ckpts", "run": "main", "step": 20, "sid": "00ff"}\\n'
+    """
+
+    store: str
+    run: str
+    step: int
+    sid: str
+
+    @classmethod
+    def of(cls, run: Run, commit: Commit) -> Marker:
+        """Return the marker of a step."""
+        return cls(run.store.url, commit.slot.run, commit.slot.step, commit.sid.hex())
+
+    @classmethod
+    def at(cls, path: PathLike, *, follow: bool = True) -> Marker | None:
+        """Return the marker at a path; None if there is none, or something else.
+
+        Parameters
+        ----------
+        path : path-like
+        follow : bool
+            Whether a link stands for what it leads to.
+        """
+        where = Path(path)
+        if _is_url(path) or (where.is_symlink() and not follow):
+            return None
+        data = files.read_small(where, _SIZE_MAX)
+        try:
+            content: Any = json.loads(data or b"")
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict) or content.pop("kind", None) != _KIND:
+            return None
+        texts = [content.get(name) for name in ("store", "run", "sid")]
+        step = content.get("step")
+        if not all(isinstance(text, str) for text in texts) or type(step) is not int or len(content) != 4:
+            return None
+        return cls(**content)
+
+    def to_bytes(self) -> bytes:
+        """Return the file's bytes."""
+        return json.dumps({"kind": _KIND, **asdict(self)}).encode() + b"\n"
+
+    def put(self, path: PathLike) -> None:
+        """Stand at a path, durably, in the place of what is there.
+
+        Raises
+        ------
+        StorageError
+            If the file cannot be written; what was there is as it was.
+        """
+        files.write_small(Path(path), self.to_bytes())
+
+    def commit(self, run: Run) -> Commit:
+        """Return the record of the step, in an open run of its name.
+
+        Raises
+        ------
+        NotFoundError
+            If it was forgotten, or saved over.
+        """
+        commit = run.commit(self.step)
+        if commit.sid.hex() != self.sid:
+            raise NotFoundError(
+                f"run {self.run!r} step {self.step}: is not the one that was meant, but saved over it since",
+                hint="load another",
+            )
+        return commit
+
+
+def free(open_run: Callable[[str], Run], name: str, step: int, path: str) -> Run:
+    """Return the run in which a path may save a step.
+
+    That is the run `name`, or, if another path has the step there, ``name-2``, ``name-3`` and so on: a
+    framework may save several checkpoints of one step, and each is a state of its own.
+
+    Parameters
+    ----------
+    open_run : callable
+        Opens a run of the store by its name.
+    name : str
+    step : int
+    path : str
+        As `metadata_of` writes it down.
+    """
+    for i in itertools.count(1):
+        run = open_run(name if i == 1 else f"{name}-{i}")
+        _, commit = run.store.refs.slot(run.name, step)
+        if commit is None or commit.metadata.get("path") == path:
+            return run
+    raise AssertionError
+
+
+def metadata_of(path: str) -> dict[str, Any]:
+    """Return what a step's record says of the path that it is saved for."""
+    return {"path": path}
+
+
+def place_for(path: PathLike) -> str:
+    """Return an absolute path, links kept, whose directory is there.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is a URL.
+    StorageError
+        If the directory cannot be made.
+    """
+    if _is_url(path):
+        raise InvalidInputError(
+            f"{os.fspath(path)}: a marker stands in a local directory only",
+            hint="give a path of this machine",
+        )
+    where = Path(path).absolute()
+    files.make_directory(where.parent)
+    return str(where)
+
+
+def take_away(path: PathLike) -> None:
+    """Remove a marker; durable on return."""
+    files.remove(Path(path))
+
+
+def _is_url(path: PathLike) -> bool:
+    return "://" in os.fspath(path)

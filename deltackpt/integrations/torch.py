@@ -250,7 +250,8 @@ class Batches:
     Attributes
     ----------
     epoch : int
-        How many passes are behind it; told to a ``DistributedSampler`` at the beginning of each.
+        How many passes are behind it; told at the beginning of each to a sampler that has ``set_epoch``, as
+        a ``DistributedSampler``.
 
     Raises
     ------
@@ -274,7 +275,9 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        if not isinstance(loader, DataLoader) or hasattr(loader, "state_dict"):
+        # One that Accelerate has prepared has the method, and mostly no state.
+        is_stateful = hasattr(loader, "state_dict") and getattr(loader, "use_stateful_dataloader", True)
+        if not isinstance(loader, DataLoader) or is_stateful:
             raise InvalidInputError(
                 f"Batches: found a {type(loader).__name__}, expected a plain DataLoader",
                 hint="give Training what has a state_dict as it is",
@@ -305,10 +308,9 @@ class Batches:
             self._set_generators(self._start["generators"])
         else:
             self._start = {"rng": rng_state(), "generators": self._generator_states()}
-        for sampler in (self.loader.sampler, self.loader.batch_sampler):
-            set_epoch = getattr(sampler, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(self.epoch)
+        for drawing in self._drawing():
+            if hasattr(drawing, "set_epoch"):
+                drawing.set_epoch(self.epoch)
         batches = iter(self.loader)
         self._n_given = sum(1 for _ in itertools.islice(batches, n_behind))
         if n_behind:
@@ -334,11 +336,18 @@ class Batches:
         self._set_generators(state["generators"])
         self._is_resumed = True
 
+    def _drawing(self) -> Iterator[Any]:
+        """Yield the loader and its samplers, however deep they are wrapped."""
+        todo: list[Any] = [self.loader]
+        while todo:
+            one = todo.pop()
+            yield one
+            inner = [getattr(one, name, None) for name in ("sampler", "batch_sampler")]
+            todo += [sampler for sampler in inner if sampler is not None]
+
     def _generators(self) -> list[torch.Generator]:
         """Return the generators of its own that the loader draws from."""
-        sampler, batch_sampler = self.loader.sampler, self.loader.batch_sampler
-        holders = [self.loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)]
-        found = [getattr(holder, "generator", None) for holder in holders]
+        found = [getattr(one, "generator", None) for one in self._drawing()]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def _generator_states(self) -> list[torch.Tensor]:

@@ -96,6 +96,10 @@ class Marker:
         """
         files.write_small(Path(path), self.to_bytes())
 
+    def names(self, commit: Commit) -> bool:
+        """Return whether it stands for this very step."""
+        return self.sid == commit.sid.hex()
+
     def commit(self, run: Run) -> Commit:
         """Return the record of the step, in an open run of its name.
 
@@ -105,7 +109,7 @@ class Marker:
             If it was forgotten, or saved over.
         """
         commit = run.commit(self.step)
-        if commit.sid.hex() != self.sid:
+        if not self.names(commit):
             raise NotFoundError(
                 f"run {self.run!r} step {self.step}: is not the one that was meant, but saved over it since",
                 hint="load another",
@@ -116,8 +120,9 @@ class Marker:
 def free(open_run: Callable[[str], Run], name: str, step: int, path: str) -> Run:
     """Return the run in which a path may save a step.
 
-    That is the run `name`, or, if another path has the step there, ``name-2``, ``name-3`` and so on: a
-    framework may save several checkpoints of one step, and each is a state of its own.
+    That is the run `name`, or, if it has the step already, ``name-2``, ``name-3`` and so on: a framework may
+    save several checkpoints of one step, and each is a state of its own.  A step that was saved for this path
+    and that no marker there names was left by a kill, and may be saved over.
 
     Parameters
     ----------
@@ -128,10 +133,11 @@ def free(open_run: Callable[[str], Run], name: str, step: int, path: str) -> Run
     path : str
         As `metadata_of` writes it down.
     """
+    standing = Marker.at(path, follow=False)
     for i in itertools.count(1):
         run = open_run(name if i == 1 else f"{name}-{i}")
         _, commit = run.store.refs.slot(run.name, step)
-        if commit is None or commit.metadata.get("path") == path:
+        if commit is None or (path_of(commit) == path and not (standing and standing.names(commit))):
             return run
     raise AssertionError
 
@@ -139,6 +145,12 @@ def free(open_run: Callable[[str], Run], name: str, step: int, path: str) -> Run
 def metadata_of(path: str) -> dict[str, Any]:
     """Return what a step's record says of the path that it is saved for."""
     return {"path": path}
+
+
+def path_of(commit: Commit) -> str | None:
+    """Return the path that a step was saved for; None if for none."""
+    path = commit.metadata.get("path")
+    return path if isinstance(path, str) else None
 
 
 def place_for(path: PathLike) -> str:

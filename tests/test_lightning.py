@@ -173,6 +173,10 @@ def test_files_of_lightnings_own_still_load_and_are_removed(tmp_path, whole):
 # -- what goes wrong
 
 
+def full(marker, path):
+    raise StorageError("ckpts: the disk is full", errno=28)
+
+
 def test_what_has_no_plain_form_is_refused_by_its_place(tmp_path):
     io = DeltaCheckpointIO(tmp_path / "store")
     ours = trainer(io, 1, ModelCheckpoint(tmp_path / "ckpts"))
@@ -188,9 +192,7 @@ def test_a_failed_save_in_the_background_is_raised_and_what_it_was_to_replace_st
     io.save_checkpoint(state, directory / "a.ckpt")
     io.teardown()
     put = Marker.put
-    monkeypatch.setattr(
-        Marker, "put", lambda *_: (_ for _ in ()).throw(StorageError("ckpts: the disk is full", errno=28))
-    )
+    monkeypatch.setattr(Marker, "put", full)
     io.save_checkpoint({**state, "global_step": 2}, directory / "b.ckpt")
     io.remove_checkpoint(directory / "a.ckpt")
     with pytest.raises(StorageError, match="the disk is full"):
@@ -215,6 +217,22 @@ def test_a_step_saved_over_since_is_not_taken_for_the_one_that_was_meant(tmp_pat
         io.load_checkpoint(moved)
     io.remove_checkpoint(moved)
     assert io.load_checkpoint(path)["n"] == 2
+
+
+def test_saved_again_at_its_path_a_step_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    store, path = tmp_path / "store", tmp_path / "a.ckpt"
+    io = DeltaCheckpointIO(store)
+    io.save_checkpoint({"global_step": 1, "n": 1}, path)
+    io.save_checkpoint({"global_step": 1, "n": 2}, path)
+    assert io.load_checkpoint(path)["n"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Marker, "put", full)
+        with pytest.raises(StorageError):
+            io.save_checkpoint({"global_step": 1, "n": 3}, path)
+    assert io.load_checkpoint(path)["n"] == 2
+    io.save_checkpoint({"global_step": 1, "n": 4}, path)
+    assert io.load_checkpoint(path)["n"] == 4
+    assert sum(map(len, runs_of(store).values())) == 1
 
 
 def test_what_cannot_be_done_is_refused(tmp_path):

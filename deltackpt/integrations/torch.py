@@ -149,7 +149,7 @@ class Training:
         found_step = _on_first(lambda: self._step(step))
         if found_step is None:
             return None
-        _on_all(lambda: self._load(found_step, strict, allow_pickle))
+        on_all(lambda: self._load(found_step, strict, allow_pickle))
         return found_step
 
     # -- below
@@ -170,7 +170,7 @@ class Training:
             return {"rng": rng_state(), "loaders": loaders}
 
         kept: dict[str, Any] = {}
-        ranks = _on_all(own)
+        ranks = on_all(own)
         ours = {"parts": list(self.parts), "n_ranks": len(ranks), "ranks": dict(enumerate(ranks))}
         return {**kept, _OURS: ours}
 
@@ -437,8 +437,12 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _on_all(do: Callable[[], T]) -> list[T]:
-    """Return what it gives on each rank; if it fails on one, all raise, so that none waits for ever."""
+def on_all(do: Callable[[], T]) -> list[T]:
+    """Call something on every rank, and return what it gives on each.
+
+    If it fails on one, all raise, so that none waits for ever.  All must call this; of a single process it is
+    the call and no more.
+    """
     rank, n_ranks = _place()
     if n_ranks == 1:
         return [do()]
@@ -458,7 +462,7 @@ def _on_all(do: Callable[[], T]) -> list[T]:
 def _on_first(do: Callable[[], T]) -> T:
     """Return what it gives on rank 0, on all ranks."""
     rank, _ = _place()
-    first: T = _on_all(lambda: do() if rank == 0 else None)[0]  # type: ignore[assignment]
+    first: T = on_all(lambda: do() if rank == 0 else None)[0]  # type: ignore[assignment]
     return first
 
 

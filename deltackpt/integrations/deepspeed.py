@@ -1,0 +1,247 @@
+"""DeepSpeed: a checkpoint engine on a store.
+
+Owns   which file of a tag is which step, and that a tag is there for all ranks or for none.
+Never  decides what a tag holds, or which is the latest: DeepSpeed writes that down, once all have committed.
+
+At the path of each file stands a marker, see `deltackpt.markers`.  Every rank writes files of its own, so
+each file is a run of its own, whose steps are the tags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from typing import Any, NamedTuple
+
+from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+
+from deltackpt.errors import DeltackptError, InvalidInputError
+from deltackpt.integrations.torch import on_all
+from deltackpt.markers import Marker, PathLike, free, metadata_of, path_of, place_for, take_away
+from deltackpt.retention import Rule
+from deltackpt.run import Run, open_run
+from deltackpt.store import open_store
+from deltackpt.types import State
+
+log = logging.getLogger("deltackpt")
+
+#: Objects that DeepSpeed puts into its states, by what they are called there.
+_OBJECTS = {kind.__name__: kind for kind in (LossScaler, DynamicLossScaler)}
+_TAG = "__deepspeed__"
+
+
+class _Written(NamedTuple):
+    """A step that is saved, and not committed."""
+
+    path: str
+    run: Run
+    step: int
+    before: Marker | None
+
+
+class DeltaCheckpointEngine(TorchCheckpointEngine):
+    """Saves and loads an engine's checkpoints: ``engine.checkpoint_engine = DeltaCheckpointEngine("ckpts")``.
+
+    Parameters
+    ----------
+    store : path-like
+        Made if it is not there; on every rank the same.
+    run : str
+        What the runs' names begin with: ``main.mp_rank_00_model_states``.
+    keep : Rule, optional
+        Which tags stay.  The others go when the next save begins; by then DeepSpeed has written down which
+        is the latest.
+    allow_pickle : bool
+        Pickle what has no plain form, and unpickle it, and load files of DeepSpeed's own, which both run code
+        that their writer chose.
+    **options
+        As of `deltackpt.open_run`: ``shadow``, ``memory_max``, ``audit_every``, ``optimize``.
+
+    Raises
+    ------
+    InvalidInputError
+        If what a file is to hold has no plain form; the message says where it is.
+    DeltackptError
+        As of `deltackpt.delta.save` and `deltackpt.delta.load`; of a save on every rank, by ``commit``.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        run: str = "main",
+        *,
+        keep: Rule | None = None,
+        allow_pickle: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.name = type(self).__name__
+        unknown = options.keys() - {"shadow", "memory_max", "audit_every", "optimize"}
+        if unknown or not isinstance(keep, Rule | None):
+            what = ", ".join(sorted(unknown)) or f"keep={keep!r}"
+            raise InvalidInputError(
+                f"DeltaCheckpointEngine: found {what}, expected a rule and options of saves",
+                hint="keep=last(3), optimize='bytes'",
+            )
+        self.store = os.fspath(store)
+        self.run = run
+        self.keep = keep
+        self.allow_pickle = allow_pickle
+        self.options = options
+        self._runs: dict[str, Run] = {}
+        self._resumed: dict[str, int] = {}
+        self._step = 0
+        self._written: list[_Written] = []
+        self._error: Exception | None = None
+
+    # -- what DeepSpeed calls
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Begin a tag; let go of those that no rule keeps."""
+        numbers = re.findall(r"[0-9]{1,18}", str(info.tag))
+        self._step = int(numbers[-1]) if numbers else 0
+        self._written, self._error = [], None
+        if self.keep is not None:
+            for run in self._runs.values():
+                self._thin(run, self.keep)
+
+    def save(self, state_dict: State, path: PathLike) -> None:
+        """Save a file of the tag; durable on return, and there from ``commit`` on.
+
+        What goes wrong is raised by ``commit``, on all ranks: they are to meet there.
+        """
+        try:
+            where = place_for(path)
+            before = Marker.at(where, follow=False)
+            run = free(self._open, self._run_of(where), self._step, where)
+            run.save(
+                _plain(state_dict),
+                step=self._step,
+                metadata=metadata_of(where),
+                overwrite=True,
+                allow_pickle=self.allow_pickle,
+            )
+            self._written.append(_Written(where, run, self._step, before))
+        except Exception as e:
+            self._error = self._error or e
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Put the tag's markers down, once all ranks have saved; on an error there is no tag, and all raise.
+
+        Rank 0 writes ``latest`` as soon as this returns, so it returns when the markers of all ranks stand.
+        """
+        written, self._written = self._written, []
+        try:
+            on_all(self._check)
+        except Exception:
+            for one in written:
+                self._forget(one.run, one.step)
+            raise
+        on_all(lambda: self._put(written))
+        for one in written:
+            if one.before is not None:
+                self._forget_named(one.before)
+        return True
+
+    def load(self, path: PathLike, map_location: Any = None) -> State:
+        """Load a file of a tag, onto the CPU unless a device is named."""
+        marker = Marker.at(path)
+        if marker is None and not self.allow_pickle:
+            raise InvalidInputError(
+                f"{os.fspath(path)}: is no marker of deltackpt, and a file of DeepSpeed's own may run code",
+                hint="if you trust who wrote it, say allow_pickle=True",
+            )
+        if marker is None:
+            return super().load(path, map_location)
+        run = self._open(marker.run)
+        marker.commit(run)
+        self._resumed[marker.run] = marker.step
+        # A function is DeepSpeed's way to say the CPU: lambda storage, location: storage.
+        place = None if callable(map_location) else map_location
+        return _object(run.load(marker.step, map=place, allow_pickle=self.allow_pickle))
+
+    def preserves_storage_sharing(self) -> bool:
+        """Return False: of a view only its own elements are stored, so DeepSpeed need not clone it."""
+        return False
+
+    # -- below
+
+    def _run_of(self, path: str) -> str:
+        file = path.rpartition("/")[2].removesuffix(".pt")
+        return f"{self.run}.{re.sub('[^A-Za-z0-9._-]', '_', file)}"
+
+    def _open(self, name: str) -> Run:
+        if name not in self._runs:
+            opened = next(iter(self._runs.values()), None)
+            store = opened.store if opened else open_store(self.store, create=True)
+            self._runs[name] = open_run(store, name, **self.options)
+        return self._runs[name]
+
+    def _check(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _put(self, written: list[_Written]) -> None:
+        for one in written:
+            Marker.of(one.run, one.run.commit(one.step)).put(one.path)
+
+    def _thin(self, run: Run, keep: Rule) -> None:
+        """Let go of what no rule keeps, of the tags that are there; a step without a marker is none."""
+        there = {}
+        for commit in run.commits():
+            path = path_of(commit)
+            marker = Marker.at(path) if path else None
+            if path and marker and marker.names(commit):
+                there[commit.slot.step] = path
+        commits = {commit.slot.step: commit for commit in run.commits() if commit.slot.step in there}
+        stays = keep.decide(commits, pinned=run.pinned(), resumed=self._resumed.get(run.name))
+        for step in there.keys() - stays.keys():
+            take_away(there[step])
+            self._forget(run, step)
+
+    def _forget_named(self, marker: Marker) -> None:
+        """Forget a step that was replaced."""
+        with contextlib.suppress(DeltackptError):  # it was forgotten, or saved over, by others
+            run = self._open(marker.run)
+            marker.commit(run)
+            self._forget(run, marker.step)
+
+    def _forget(self, run: Run, step: int) -> None:
+        try:
+            run.forget([step])
+        except DeltackptError as e:
+            log.warning("run %r step %d is not forgotten: %s", run.name, step, e.message)
+
+
+def _plain(x: State) -> State:
+    """Return a state with DeepSpeed's own objects as dicts."""
+    if type(x) is dict:
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, ZeroStageEnum):
+        return {_TAG: "ZeroStageEnum", "value": int(x)}
+    if type(x) in _OBJECTS.values():
+        return {_TAG: type(x).__name__, "value": dict(vars(x))}
+    return x
+
+
+def _object(x: State) -> State:
+    """Return what `_plain` was given."""
+    if type(x) is not dict:
+        return x
+    if x.keys() != {_TAG, "value"}:
+        return {key: _object(value) for key, value in x.items()}
+    if x[_TAG] == "ZeroStageEnum":
+        return ZeroStageEnum(x["value"])
+    kind = _OBJECTS.get(x[_TAG])
+    if kind is None or not isinstance(x["value"], dict):
+        raise InvalidInputError(
+            f"load: found an object of DeepSpeed's called {x[_TAG]!r:.80}, which it has not"
+        )
+    made = kind.__new__(kind)
+    vars(made).update(x["value"])
+    return made

@@ -1,7 +1,7 @@
 """Markers: a small file that stands where a framework expects its checkpoint, for a step of a run.
 
-Owns   the bytes of it, putting it there, which step a path may take.
-Never  saves, loads or forgets the step that it names.
+Owns   the bytes of it, putting it there, the runs that markers name, which step a path may take.
+Never  saves or loads a step.
 
 A marker is put down once its step is durable, and taken away before the step is forgotten, so that no kill
 leaves one without its step.
@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from deltackpt import files
-from deltackpt.errors import InvalidInputError, NotFoundError
+from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
 from deltackpt.records import Commit
-from deltackpt.run import Run
+from deltackpt.run import Run, open_run
+from deltackpt.store import open_store
+
+log = logging.getLogger("deltackpt")
 
 _KIND = "deltackpt-marker-1"
 _SIZE_MAX = 16 << 10
@@ -117,29 +121,88 @@ class Marker:
         return commit
 
 
-def free(open_run: Callable[[str], Run], name: str, step: int, path: str) -> Run:
-    """Return the run in which a path may save a step.
-
-    That is the run `name`, or, if it has the step already, ``name-2``, ``name-3`` and so on: a framework may
-    save several checkpoints of one step, and each is a state of its own.  A step that was saved for this path
-    and that no marker there names was left by a kill, and may be saved over.
+class Runs:
+    """The runs of a store that markers name, opened when they are asked for.
 
     Parameters
     ----------
-    open_run : callable
-        Opens a run of the store by its name.
-    name : str
-    step : int
-    path : str
-        As `metadata_of` writes it down.
+    store : path-like
+    options_of : callable
+        Given a run's name, the options of `deltackpt.open_run` for it.
     """
-    standing = Marker.at(path, follow=False)
-    for i in itertools.count(1):
-        run = open_run(name if i == 1 else f"{name}-{i}")
-        _, commit = run.store.refs.slot(run.name, step)
-        if commit is None or (path_of(commit) == path and not (standing and standing.names(commit))):
-            return run
-    raise AssertionError
+
+    def __init__(self, store: PathLike, options_of: Callable[[str], dict[str, Any]]) -> None:
+        self.store = os.fspath(store)
+        self._options_of = options_of
+        self._opened: dict[str, Run] = {}
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._opened.values()))
+
+    def open(self, name: str, *, create: bool = False) -> Run:
+        """Return a run.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no store, and `create` is false.
+        """
+        if name not in self._opened:
+            one = next(iter(self), None)
+            store = one.store if one else open_store(self.store, create=create)
+            self._opened[name] = open_run(store, name, **self._options_of(name))
+        return self._opened[name]
+
+    def free(self, name: str, step: int, path: str) -> Run:
+        """Return the run in which a path may save a step, and may say `overwrite`.
+
+        That is the run `name`, or, if it has the step already, ``name-2``, ``name-3`` and so on: a framework
+        may save several checkpoints of one step, and each is a state of its own.  A step that was saved for
+        this path and that no marker there names was left by a kill, and may be saved over.
+
+        Parameters
+        ----------
+        name : str
+        step : int
+        path : str
+            As `metadata_of` writes it down.
+        """
+        standing = Marker.at(path, follow=False)
+        for i in itertools.count(1):
+            run = self.open(name if i == 1 else f"{name}-{i}", create=True)
+            _, commit = run.store.refs.slot(run.name, step)
+            if commit is None:
+                return run
+            if path_of(commit) == path and not (standing and standing.names(commit)):
+                return run
+        raise AssertionError
+
+    def forget(self, marker: Marker) -> None:
+        """Forget the step of a marker that is gone, unless it was saved over; what fails is a warning."""
+        try:
+            run = self.open(marker.run)
+            marker.commit(run)
+            run.forget([marker.step])
+        except NotFoundError:
+            pass  # others were first
+        except DeltackptError as e:
+            log.warning("run %r step %d is not forgotten: %s", marker.run, marker.step, e.message)
+
+    def close(self) -> None:
+        """Close all of them; they are opened anew when they are asked for."""
+        opened, self._opened = self._opened, {}
+        for run in opened.values():
+            run.close()
+
+
+def check_options(who: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of `deltackpt.open_run` that are not about how a step is saved."""
+    unknown = options.keys() - {"shadow", "memory_max", "audit_every", "optimize"}
+    if unknown:
+        raise InvalidInputError(
+            f"{who}: found {', '.join(sorted(unknown))}, expected options of saves",
+            hint="shadow, memory_max, audit_every, optimize",
+        )
 
 
 def metadata_of(path: str) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def resumes(rank, n, base, stage):
     losses = trained(engine, range(AT, STEPS))
     engine.save_checkpoint(tags)
     engine.save_checkpoint(tags)  # the same tag once more
+    engine.save_16bit_model(tags, "model.bin")  # for others
     again = engine_of(rank, stage, store, seed=4)
     again.load_checkpoint(tags)
     return losses, told, trained(again, [STEPS]) == trained(engine, [STEPS])

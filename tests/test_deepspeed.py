@@ -83,6 +83,7 @@ def test_a_rank_that_dies_leaves_no_tag_and_the_job_goes_on_from_the_one_before(
         assert is_same
     assert (tags / "latest").read_text() == f"global_step{STEPS}"
     assert markers_in(tags / "refused") == {}
+    assert set(torch.load(tags / "model.bin")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     runs = [open_run(store, run) for run in deltackpt.open_store(store).refs.runs()]
     assert all(0 not in run for run in runs)  # what was refused to one rank was taken back from the other
     assert sorted(run.name for run in runs if STEPS in run) == sorted(
@@ -98,10 +99,11 @@ def test_a_moving_loss_scale_comes_back_as_what_it_was(tmp_path):
     scaler.cur_scale, scaler.cur_iter = 2.0**15, 7
     info = CheckpointCommitInfo(tag="global_step3", save_dir=str(tmp_path), save_latest=True)
     engine.create(info)
-    engine.save({"optimizer": {"loss_scaler": scaler}}, tmp_path / "a.pt")
-    assert not (tmp_path / "a.pt").exists()  # until all ranks have saved
+    path = tmp_path / "global_step3" / "a.pt"
+    engine.save({"optimizer": {"loss_scaler": scaler}}, path)
+    assert not path.exists()  # until all ranks have saved
     assert engine.commit(info)
-    found = engine.load(tmp_path / "a.pt", map_location=lambda storage, place: storage)["optimizer"]
+    found = engine.load(path, map_location=lambda storage, place: storage)["optimizer"]
     assert type(found["loss_scaler"]) is DynamicLossScaler
     assert vars(found["loss_scaler"]) == vars(scaler)
 
@@ -112,5 +114,5 @@ def test_what_is_no_marker_is_not_unpickled_unasked(tmp_path):
         DeltaCheckpointEngine(tmp_path / "store").load(tmp_path / "file.pt")
     trusting = DeltaCheckpointEngine(tmp_path / "store", allow_pickle=True)
     assert trusting.load(tmp_path / "file.pt")["w"].sum() == 2
-    with pytest.raises(InvalidInputError, match="found create, expected a rule and options"):
+    with pytest.raises(InvalidInputError, match="found create, expected options of saves"):
         DeltaCheckpointEngine(tmp_path, create=True)

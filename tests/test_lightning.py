@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("lightning")
 
+import lightning  # noqa: E402
 import lightning_job  # noqa: E402
 from commands import environment  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
@@ -19,6 +20,7 @@ from lightning_job import N_BATCHES, Tiny, fit, quiet, top, trainer  # noqa: E40
 import deltackpt  # noqa: E402
 from deltackpt import gc, open_run  # noqa: E402
 from deltackpt.errors import InvalidInputError, NotFoundError, StorageError  # noqa: E402
+from deltackpt.export import export  # noqa: E402
 from deltackpt.integrations.lightning import DeltaCheckpointIO  # noqa: E402
 from deltackpt.markers import Marker  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
@@ -170,6 +172,25 @@ def test_files_of_lightnings_own_still_load_and_are_removed(tmp_path, whole):
         io.load_checkpoint(directory / "old.ckpt")
 
 
+def test_a_step_as_a_file_is_what_lightning_loads_itself(tmp_path):
+    io = DeltaCheckpointIO(tmp_path / "store")
+    ours = trainer(io, 1, ModelCheckpoint(tmp_path / "ckpts"))
+    ours.fit(Tiny(width=6), lightning_job.data())
+    export(open_run(tmp_path / "store"), "latest", tmp_path / "model.pt")
+    found = Tiny.load_from_checkpoint(tmp_path / "model.pt")
+    assert found.hparams.width == 6
+    assert same(dict(found.state_dict()), dict(ours.model.state_dict()))
+
+
+def test_fabric_saves_and_loads_by_the_number_in_the_name(tmp_path):
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=[DeltaCheckpointIO(tmp_path / "store")])
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    fabric.save(tmp_path / "step-30.ckpt", {"model": model, "epoch": 4})
+    assert open_run(tmp_path / "store").steps() == [30]
+    assert fabric.load(tmp_path / "step-30.ckpt", {"model": other}) == {"epoch": 4}
+    assert torch.equal(model.weight, other.weight)
+
+
 # -- what goes wrong
 
 
@@ -237,7 +258,7 @@ def test_saved_again_at_its_path_a_step_is_there_until_the_new_one_is(tmp_path, 
 
 def test_what_cannot_be_done_is_refused(tmp_path):
     io = DeltaCheckpointIO(tmp_path / "store")
-    with pytest.raises(InvalidInputError, match="found keep, expected options of saves"):
+    with pytest.raises(InvalidInputError, match="DeltaCheckpointIO: found keep, expected options of saves"):
         DeltaCheckpointIO(tmp_path, keep=deltackpt.last(3))
     with pytest.raises(InvalidInputError, match="storage_options"):
         io.save_checkpoint({}, tmp_path / "a.ckpt", storage_options={})

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler  # noqa: E402
 from deltackpt import last, open_run  # noqa: E402
 from deltackpt.backends.memory import MemoryBackend  # noqa: E402
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError  # noqa: E402
-from deltackpt.integrations.torch import Batches, Training  # noqa: E402
+from deltackpt.integrations.torch import Batches, Training, rng_state  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train.py"
@@ -154,6 +154,21 @@ def test_a_loader_made_otherwise_is_refused():
     state = with_generator().state_dict()
     with pytest.raises(InvalidInputError, match=r"has 0 generators of its own, and had 1"):
         plain().load_state_dict(state)
+
+
+def test_a_loader_that_has_become_shorter_is_told():
+    state = {**plain().state_dict(), "n_given": 8}
+    state["rng"] = rng_state()
+    again = plain()
+    again.load_state_dict(state)
+    with pytest.raises(InvalidInputError, match="8 of this pass are behind it, and the loader gives 7"):
+        next(iter(again))
+
+
+def test_a_part_without_any_state_is_a_part_like_others(tmp_path):
+    with open_run(tmp_path) as run:
+        Training(run, model=nn.GELU(), optimizer=Job().optimizer).save(1)
+        assert Training(run, model=nn.GELU(), optimizer=Job().optimizer).resume() == 1
 
 
 def test_what_has_no_state_is_refused_by_its_name(tmp_path):

@@ -9,7 +9,6 @@ each file is a run of its own, whose steps are the tags.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -21,10 +20,18 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deltackpt.errors import DeltackptError, InvalidInputError
 from deltackpt.integrations.torch import on_all
-from deltackpt.markers import Marker, PathLike, free, metadata_of, path_of, place_for, take_away
+from deltackpt.markers import (
+    Marker,
+    PathLike,
+    Runs,
+    check_options,
+    metadata_of,
+    path_of,
+    place_for,
+    take_away,
+)
 from deltackpt.retention import Rule
-from deltackpt.run import Run, open_run
-from deltackpt.store import open_store
+from deltackpt.run import Run
 from deltackpt.types import State
 
 log = logging.getLogger("deltackpt")
@@ -35,11 +42,10 @@ _TAG = "__deepspeed__"
 
 
 class _Written(NamedTuple):
-    """A step that is saved, and not committed."""
+    """A step that is saved, and has no marker yet."""
 
     path: str
-    run: Run
-    step: int
+    marker: Marker
     before: Marker | None
 
 
@@ -80,21 +86,20 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
-        unknown = options.keys() - {"shadow", "memory_max", "audit_every", "optimize"}
-        if unknown or not isinstance(keep, Rule | None):
-            what = ", ".join(sorted(unknown)) or f"keep={keep!r}"
+        self.zipfile_serialization = True
+        check_options("DeltaCheckpointEngine", options)
+        if not isinstance(keep, Rule | None):
             raise InvalidInputError(
-                f"DeltaCheckpointEngine: found {what}, expected a rule and options of saves",
-                hint="keep=last(3), optimize='bytes'",
+                f"keep: found {keep!r}, expected a rule", hint="keep=last(3) | every(1000)"
             )
         self.store = os.fspath(store)
         self.run = run
         self.keep = keep
         self.allow_pickle = allow_pickle
-        self.options = options
-        self._runs: dict[str, Run] = {}
+        self._runs = Runs(self.store, lambda name: options)
         self._resumed: dict[str, int] = {}
         self._step = 0
+        self._directory = ""
         self._written: list[_Written] = []
         self._error: Exception | None = None
 
@@ -104,20 +109,28 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         """Begin a tag; let go of those that no rule keeps."""
         numbers = re.findall(r"[0-9]{1,18}", str(info.tag))
         self._step = int(numbers[-1]) if numbers else 0
+        self._directory = f"{os.path.abspath(info.save_dir)}/{info.tag}/"  # noqa: PTH100 - links kept
         self._written, self._error = [], None
         if self.keep is not None:
-            for run in self._runs.values():
-                self._thin(run, self.keep)
+            for run in self._runs:
+                try:
+                    self._thin(run, self.keep)
+                except DeltackptError as e:
+                    log.warning("run %r: not all that may go is forgotten: %s", run.name, e.message)
 
     def save(self, state_dict: State, path: PathLike) -> None:
         """Save a file of the tag; durable on return, and there from ``commit`` on.
 
+        What is not in the tag's directory, as of ``save_16bit_model``, is for others, and saved as a file.
         What goes wrong is raised by ``commit``, on all ranks: they are to meet there.
         """
         try:
             where = place_for(path)
+            if not where.startswith(self._directory):
+                super().save(state_dict, where)
+                return
             before = Marker.at(where, follow=False)
-            run = free(self._open, self._run_of(where), self._step, where)
+            run = self._runs.free(self._run_of(where), self._step, where)
             run.save(
                 _plain(state_dict),
                 step=self._step,
@@ -125,7 +138,8 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
                 overwrite=True,
                 allow_pickle=self.allow_pickle,
             )
-            self._written.append(_Written(where, run, self._step, before))
+            marker = Marker.of(run, run.commit(self._step))
+            self._written.append(_Written(where, marker, before))
         except Exception as e:
             self._error = self._error or e
 
@@ -139,12 +153,12 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
             on_all(self._check)
         except Exception:
             for one in written:
-                self._forget(one.run, one.step)
+                self._runs.forget(one.marker)
             raise
         on_all(lambda: self._put(written))
         for one in written:
             if one.before is not None:
-                self._forget_named(one.before)
+                self._runs.forget(one.before)
         return True
 
     def load(self, path: PathLike, map_location: Any = None) -> State:
@@ -157,7 +171,7 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
             )
         if marker is None:
             return super().load(path, map_location)
-        run = self._open(marker.run)
+        run = self._runs.open(marker.run)
         marker.commit(run)
         self._resumed[marker.run] = marker.step
         # A function is DeepSpeed's way to say the CPU: lambda storage, location: storage.
@@ -174,13 +188,6 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         file = path.rpartition("/")[2].removesuffix(".pt")
         return f"{self.run}.{re.sub('[^A-Za-z0-9._-]', '_', file)}"
 
-    def _open(self, name: str) -> Run:
-        if name not in self._runs:
-            opened = next(iter(self._runs.values()), None)
-            store = opened.store if opened else open_store(self.store, create=True)
-            self._runs[name] = open_run(store, name, **self.options)
-        return self._runs[name]
-
     def _check(self) -> None:
         error, self._error = self._error, None
         if error is not None:
@@ -188,7 +195,7 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
 
     def _put(self, written: list[_Written]) -> None:
         for one in written:
-            Marker.of(one.run, one.run.commit(one.step)).put(one.path)
+            one.marker.put(one.path)
 
     def _thin(self, run: Run, keep: Rule) -> None:
         """Let go of what no rule keeps, of the tags that are there; a step without a marker is none."""
@@ -197,25 +204,13 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
             path = path_of(commit)
             marker = Marker.at(path) if path else None
             if path and marker and marker.names(commit):
-                there[commit.slot.step] = path
-        commits = {commit.slot.step: commit for commit in run.commits() if commit.slot.step in there}
+                there[commit.slot.step] = commit, path, marker
+        commits = {step: commit for step, (commit, _, _) in there.items()}
         stays = keep.decide(commits, pinned=run.pinned(), resumed=self._resumed.get(run.name))
         for step in there.keys() - stays.keys():
-            take_away(there[step])
-            self._forget(run, step)
-
-    def _forget_named(self, marker: Marker) -> None:
-        """Forget a step that was replaced."""
-        with contextlib.suppress(DeltackptError):  # it was forgotten, or saved over, by others
-            run = self._open(marker.run)
-            marker.commit(run)
-            self._forget(run, marker.step)
-
-    def _forget(self, run: Run, step: int) -> None:
-        try:
-            run.forget([step])
-        except DeltackptError as e:
-            log.warning("run %r step %d is not forgotten: %s", run.name, step, e.message)
+            _, path, marker = there[step]
+            take_away(path)
+            self._runs.forget(marker)
 
 
 def _plain(x: State) -> State:

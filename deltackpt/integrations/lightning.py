@@ -15,12 +15,10 @@ import sys
 import threading
 from typing import Any
 
-from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
-from deltackpt.markers import Marker, PathLike, free, metadata_of, place_for, take_away
+from deltackpt.errors import InvalidInputError, NotFoundError
+from deltackpt.markers import Marker, PathLike, Runs, check_options, metadata_of, place_for, take_away
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
-from deltackpt.run import Run, open_run
-from deltackpt.store import open_store
 
 # Lightning comes as two packages whose classes are not each other's.
 if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
@@ -74,12 +72,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         **options: Any,
     ) -> None:
         super().__init__()
-        unknown = options.keys() - {"shadow", "memory_max", "audit_every", "optimize"}
-        if unknown:
-            raise InvalidInputError(
-                f"DeltaCheckpointIO: found {', '.join(sorted(unknown))}, expected options of saves",
-                hint="which checkpoints stay is for ModelCheckpoint to say",
-            )
+        check_options("DeltaCheckpointIO", options)  # no keep: ModelCheckpoint says what stays
         self.store = os.fspath(store)
         self.run = run
         self.background = background
@@ -88,7 +81,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         self._reset()
 
     def _reset(self) -> None:
-        self._runs: dict[str, Run] = {}
+        self._runs = Runs(self.store, self._options_of)
         self._lock = threading.Lock()
         #: The save under way, or None.
         self._landing: _Landing | None = None
@@ -116,7 +109,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         self._settle()
         _check_not_sharded(checkpoint)
         where, step = place_for(path), _step_of(checkpoint, path)
-        run = free(self._open, self.run, step, where)
+        run = self._runs.free(self.run, step, where)
         options: dict[str, Any] = {
             "metadata": metadata_of(where),
             "overwrite": True,
@@ -156,7 +149,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
             )
         if isinstance(map_location, dict):
             map_location = {str(old): new for old, new in map_location.items()}
-        run = self._open(marker.run)
+        run = self._runs.open(marker.run)
         marker.commit(run)
         state: dict[str, Any] = run.load(marker.step, map=map_location, allow_pickle=self.allow_pickle)
         return state
@@ -175,33 +168,28 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         try:
             self._settle()
         finally:
-            runs, self._runs = self._runs, {}
-            for run in runs.values():
-                run.close()
+            self._runs.close()
 
     # -- below
 
-    def _open(self, name: str) -> Run:
-        if name not in self._runs:
-            options = self.options if name == self.run else {"shadow": 0}
-            opened = next(iter(self._runs.values()), None)
-            store = opened.store if opened else open_store(self.store, create=True)
-            self._runs[name] = open_run(store, name, on_save=self._saved, **options)
-        return self._runs[name]
+    def _options_of(self, run: str) -> dict[str, Any]:
+        # What a second run is given, the first has just stored: no differences to be taken.
+        options = self.options if run == self.run else {"shadow": 0}
+        return {**options, "on_save": self._saved}
 
     def _saved(self, report: SaveReport) -> None:
         """Put the marker down, now that the step is durable; in the thread that saves."""
         landing = self._landing
         assert landing is not None
         try:
-            run = self._runs[report.run]
+            run = self._runs.open(report.run)
             _, commit = run.store.refs.slot(report.run, report.step)
             if commit is None:
                 raise NotFoundError(f"run {report.run!r} step {report.step}: was forgotten as it was saved")
             marker = Marker.of(run, commit)
             marker.put(landing.path)
             if landing.before is not None and landing.before != marker:
-                self._forget(landing.before)
+                self._runs.forget(landing.before)
             with self._lock:
                 self._landing = None
             for path in landing.removals:
@@ -236,18 +224,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
             super().remove_checkpoint(path)
         else:
             take_away(path)
-            self._forget(marker)
-
-    def _forget(self, marker: Marker) -> None:
-        """Forget a step that no marker names any more; what stays is a warning, and no harm."""
-        run = self._open(marker.run)
-        try:
-            marker.commit(run)
-            run.forget([marker.step])
-        except NotFoundError:
-            pass  # forgotten or saved over by others
-        except DeltackptError as e:
-            log.warning("run %r step %d is not forgotten: %s", marker.run, marker.step, e.message)
+            self._runs.forget(marker)
 
 
 class _Landing:

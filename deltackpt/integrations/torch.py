@@ -313,6 +313,11 @@ class Batches:
                 drawing.set_epoch(self.epoch)
         batches = iter(self.loader)
         self._n_given = sum(1 for _ in itertools.islice(batches, n_behind))
+        if self._n_given < n_behind:
+            raise InvalidInputError(
+                f"Batches: {n_behind} of this pass are behind it, and the loader gives {self._n_given}",
+                hint="make it, and its dataset, as they were when it was saved",
+            )
         if n_behind:
             set_rng_state(now)
         for batch in batches:

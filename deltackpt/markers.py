@@ -112,7 +112,12 @@ class Marker:
         NotFoundError
             If it was forgotten, or saved over.
         """
-        commit = run.commit(self.step)
+        try:
+            commit = run.commit(self.step)
+        except NotFoundError as e:
+            raise NotFoundError(
+                f"{e.message}; the marker is of the store {self.store}", hint=e.hint
+            ) from e
         if not self.names(commit):
             raise NotFoundError(
                 f"run {self.run!r} step {self.step}: is not the one that was meant, but saved over it since",

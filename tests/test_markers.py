@@ -92,6 +92,8 @@ def test_a_step_is_saved_over_only_if_it_was_saved_for_the_path_and_no_marker_na
     assert runs.open("main").steps() == [1]
     runs.forget(marker)
     assert runs.open("main").steps() == []
+    with pytest.raises(NotFoundError, match=r"; the marker is of the store /somewhere"):
+        GOOD.commit(runs.open("main"))
 
 
 def test_what_is_pinned_is_not_forgotten_and_that_is_logged(tmp_path, runs, caplog):

@@ -115,9 +115,7 @@ class Marker:
         try:
             commit = run.commit(self.step)
         except NotFoundError as e:
-            raise NotFoundError(
-                f"{e.message}; the marker is of the store {self.store}", hint=e.hint
-            ) from e
+            raise NotFoundError(f"{e.message}; the marker is of the store {self.store}", hint=e.hint) from e
         if not self.names(commit):
             raise NotFoundError(
                 f"run {self.run!r} step {self.step}: is not the one that was meant, but saved over it since",

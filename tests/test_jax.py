@@ -255,6 +255,9 @@ PROCESS = """
         x = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
         assert all(np.array_equal(x[index], data) for index, data in shards)
         print(len(shards), size[0])
+    there = NamedSharding(jax.make_mesh((2,), ("d",), devices=jax.devices()[2:]), P("d"))
+    found = restore(store, {"x": jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=there)})["x"]
+    assert len(found.addressable_shards) == 2 * int(who)
     try:
         save(found, store, step=2)
     except InvalidInputError as e:
@@ -534,5 +537,8 @@ def test_a_step_that_jax_has_not_saved_is_restored_if_it_has_the_same_leaves():
         assert_same(restore(store, {"w": like}, strict=False)["w"], expected)
     with pytest.raises(InvalidInputError, match=r"\['l'\]\[0\]: is not in the step"):
         restore(store, {"w": w, "l": [jnp.zeros(2)]})
+    save({"w": torch.ones(4), "x": w}, store, step=2)
+    with pytest.raises(InvalidInputError, match=r"\['w'\]: found float32 \(4,\), expected a Tensor"):
+        restore(store, {"w": torch.zeros(4)}, strict=False)
     with pytest.raises(NotFoundError, match="no step 7"):
         restore(store, {"w": w}, step=7)

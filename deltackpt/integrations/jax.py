@@ -273,8 +273,8 @@ def _check_here(leaf: Any, path: Path) -> None:
 
 def _is_random_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed random keys, or says that one is wanted."""
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return is_jax and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _data_of(keys: Any) -> tuple[str, jax.ShapeDtypeStruct]:
@@ -368,7 +368,8 @@ def _is_number_of(x: Any, dtype: np.dtype[Any]) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether a leaf is an array of NumPy's or JAX's, or says what one of JAX's is to be."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
 
 
 def _shape_of(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -394,7 +395,7 @@ def _restored(found: Any, leaf: Any) -> Any:
     if sharding is None:
         made = jax.device_put(arrays.as_numpy(found[...]))
     else:
-        made = _sharded(found, shape, sharding)
+        made = _sharded(found, shape, dtype, sharding)
     if made.dtype != dtype:
         raise InvalidInputError(
             f"like: JAX makes {made.dtype} of {dtype}", hint="jax.config.update('jax_enable_x64', True)"
@@ -409,7 +410,9 @@ def _weak(found: Any) -> jax.Array | None:
     return made if made.dtype == value.dtype and np.asarray(made).tobytes() == value.tobytes() else None
 
 
-def _sharded(found: Any, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
+def _sharded(
+    found: Any, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
+) -> jax.Array:
     """Read what each device of this process is to have of an array, and put it there."""
     devices: dict[Box, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -422,7 +425,9 @@ def _sharded(found: Any, shape: tuple[int, ...], sharding: jax.sharding.Sharding
             for device in devices[box]:
                 where = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
                 placed.append(jax.device_put(one, where))
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    # Where this process has no device of it, JAX has to be told of what the array is.
+    of = None if placed else dtype
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=of)
 
 
 # --- boxes ---

@@ -222,7 +222,7 @@ def _variables(of: Any) -> dict[str, Any]:
 
 
 def _optimizers(model: keras.Model) -> dict[str, Any]:
-    """Return a model's optimizers by the attributes that they are, mostly one."""
+    """Return a model's optimizers by the attributes that they are; its own built, as fit would build it."""
     found = {name: x for name, x in vars(model).items() if isinstance(x, keras.optimizers.Optimizer)}
     if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
@@ -247,7 +247,7 @@ def _paired(
     """Match variables with what was saved of them; say what does not match."""
     if not isinstance(saved, dict) or not all(isinstance(x, LazyArray) for x in saved.values()):
         raise CorruptError(f"{what}: found something else than arrays by name")
-    names = matched(list(saved), list(variables))
+    names = _matched(list(saved), list(variables))
     if names is None:
         problems += [f"{what}: {name} is not in the step" for name in variables if name not in saved]
         problems += [f"{what}: {name} is in the step only" for name in saved if name not in variables]
@@ -264,7 +264,7 @@ def _paired(
     return pairs
 
 
-def matched(saved: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
+def _matched(saved: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
     """Return which of the saved names each wanted one stands for; None if they are not of the same model.
 
     Keras numbers what has no name by what the process has made before: a model that is made again has the
@@ -272,11 +272,11 @@ def matched(saved: Sequence[str], wanted: Sequence[str]) -> list[str] | None:
 
     Examples
     --------
-    >>> matched(["dense/bias", "dense_1/bias"], ["dense_1/bias", "dense/bias"])
+    >>> _matched(["dense/bias", "dense_1/bias"], ["dense_1/bias", "dense/bias"])
     ['dense_1/bias', 'dense/bias']
-    >>> matched(["dense/bias", "dense_1/bias"], ["dense_2/bias", "dense_3/bias"])
+    >>> _matched(["dense/bias", "dense_1/bias"], ["dense_2/bias", "dense_3/bias"])
     ['dense/bias', 'dense_1/bias']
-    >>> matched(["dense/bias"], ["dense/kernel"])
+    >>> _matched(["dense/bias"], ["dense/kernel"])
     """
     if sorted(saved) == sorted(wanted):
         return list(wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -20,6 +21,8 @@ import deltackpt
 from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
 from deltackpt.errors import DeltackptError
 from deltackpt.types import DTYPE_SIZES
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # its own default is TensorFlow
 
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()

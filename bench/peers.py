@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import ml_dtypes
+import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from cache import SavedState, Tensors
 from meter import run_tool
 from safetensors.torch import load_file, save_file
@@ -186,6 +189,68 @@ class Safetensors(Peer):
 
     def restore(self, saves: list[SavedState]) -> Any:
         return in_memory(self.store / f"{name_of(saves[-1])}.safetensors")
+
+
+class Dcp(Peer):
+    """``torch.distributed.checkpoint`` of one process, a directory a step; it flushes its files itself."""
+
+    name, install, module = "DCP", "pip install torch", "torch"
+
+    def save(self, given: Given) -> None:
+        dcp.save(given.tensors, checkpoint_id=self.store / given.name, no_dist=True)
+
+    def restore(self, saves: list[SavedState]) -> Any:
+        reader = dcp.FileSystemReader(self.store / name_of(saves[-1]))
+        found = {
+            name: torch.empty(of.size, dtype=of.properties.dtype)
+            for name, of in reader.read_metadata().state_dict_metadata.items()
+        }
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        return found
+
+
+class Orbax(Peer):
+    """A directory a step, of zarr arrays in OCDBT, compressed by zstd, all by default; tensors as NumPy's."""
+
+    name, install, module = "Orbax", "pip install orbax-checkpoint", "orbax.checkpoint"
+
+    def __init__(self, at: Path):
+        super().__init__(at)
+        self.ocp = importlib.import_module("orbax.checkpoint")  # seconds, of JAX
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        return importlib.util.find_spec("orbax") is not None
+
+    @classmethod
+    def version(cls) -> str:
+        return importlib.metadata.version("orbax-checkpoint")
+
+    def save(self, given: Given) -> None:
+        with self.ocp.StandardCheckpointer() as saver:
+            saver.save(self.store / given.name, {name: as_array(t) for name, t in given.tensors.items()})
+        subprocess.run(["sync", "-f", self.store], check=True)
+
+    def restore(self, saves: list[SavedState]) -> Any:
+        path = self.store / name_of(saves[-1])
+        with self.ocp.PyTreeCheckpointer() as loader:
+            kinds = loader.metadata(path).item_metadata.tree
+            wanted = {name: self.ocp.RestoreArgs(restore_type=np.ndarray) for name in kinds}
+            found = loader.restore(path, restore_args=wanted)
+        return {name: as_tensor(array) for name, array in found.items()}
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's memory as NumPy's array; bfloat16 as that of ml_dtypes."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
 
 
 class Zstd(Peer):
@@ -377,7 +442,62 @@ class Casync(BackupTool):
         return [f"--store={self.store / 'chunks.castr'}", str(self.store / f"{name}.caibx")]
 
 
+class GitLfs(BackupTool):
+    """A repository with each step as the next version of one file; what counts as stored is ``.git``."""
+
+    name, install, program = "git-lfs", "apt-get install git-lfs", "git-lfs"
+
+    def environment(self) -> dict[str, str]:
+        return {"GIT_CONFIG_GLOBAL": "/dev/null", "HOME": str(self.at)}
+
+    def git(self, *arguments: str | Path) -> None:
+        who = ["-c", "user.name=bench", "-c", "user.email=bench@example.org"]
+        command = [
+            "git",
+            *who,
+            f"--git-dir={self.store}",
+            f"--work-tree={self.at / 'tree'}",
+            *map(str, arguments),
+        ]
+        peak_size = run_tool(command, self.at / "tree", self.environment())
+        self.tool_peak_size = max(self.tool_peak_size, peak_size)
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.at / "tree").mkdir()
+        self.git("init", "--quiet")
+        self.git("lfs", "install", "--local")
+        self.git("lfs", "track", "*.safetensors")
+
+    def save(self, given: Given) -> None:
+        self.folder(given)
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", given.name)
+        self.git("tag", given.name)
+        subprocess.run(["sync", "-f", self.store], check=True)
+
+    def restore(self, saves: list[SavedState]) -> Any:
+        path = self.at / "tree" / "state.safetensors"
+        path.unlink()
+        self.git("checkout", "--quiet", "--force", name_of(saves[-1]))
+        return in_memory(path)
+
+
 PEERS: dict[str, type[Peer]] = {
     kind.name: kind
-    for kind in (Deltackpt, InTime, TorchSave, Safetensors, Zstd, Zipnn, Z4ai, Restic, Borg, Casync)
+    for kind in (
+        Deltackpt,
+        InTime,
+        TorchSave,
+        Safetensors,
+        Dcp,
+        Orbax,
+        Zstd,
+        Zipnn,
+        Z4ai,
+        Restic,
+        Borg,
+        Casync,
+        GitLfs,
+    )
 }

@@ -20,11 +20,21 @@ import numpy as np
 from deltackpt import devices, dtypes
 from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyError
 from deltackpt.layout import Layout, plain_strides
-from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, WHOLE, Framework, Tensor, View
+from deltackpt.types import (
+    DTYPE_SIZES,
+    NOT_IN_NUMPY,
+    NOT_IN_TORCH,
+    U8,
+    WHOLE,
+    Deferred,
+    Framework,
+    Tensor,
+    View,
+)
 
 log = logging.getLogger("deltackpt")
 
-#: A numpy.ndarray, a torch.Tensor or a `Tensor`: no static type covers them without importing torch.
+#: A numpy.ndarray, a torch.Tensor, a `Tensor` or a `Deferred`: no static type covers them without torch.
 Array: TypeAlias = Any
 
 # Below this NumPy does not ask for huge pages either.
@@ -39,7 +49,7 @@ class Facts:
 
     Parameters
     ----------
-    array : numpy.ndarray, torch.Tensor or Tensor
+    array : numpy.ndarray, torch.Tensor, Tensor or Deferred
     framework : {"numpy", "torch"}
     dtype : str
         As `dtypes` writes it down.
@@ -76,8 +86,8 @@ class Facts:
 
 
 def is_array(x: object) -> bool:
-    """Whether `x` is a NumPy array, a torch tensor or a `Tensor`; NumPy's scalars are not arrays."""
-    return isinstance(x, np.ndarray | Tensor) or _is_torch(x)
+    """Whether `x` is an array of NumPy's or torch's, a `Tensor` or a `Deferred`; NumPy's scalars are none."""
+    return isinstance(x, np.ndarray | Tensor | Deferred) or _is_torch(x)
 
 
 def look(x: Array, name: str = "array") -> Facts:
@@ -97,6 +107,9 @@ def look(x: Array, name: str = "array") -> Facts:
     if isinstance(x, Tensor):  # from a file whose tensors belong to no framework
         layout = Layout.plain(x.shape, DTYPE_SIZES[x.dtype], _address(x.data))
         return Facts(x, x.framework, x.dtype, layout, (id(x), "file"), True)
+    if isinstance(x, Deferred):  # of a framework that an integration speaks for
+        layout = Layout.plain(x.shape, DTYPE_SIZES[x.dtype])
+        return Facts(x, x.framework, x.dtype, layout, (id(x), "deferred"), False)
     return _look_numpy(x, name) if isinstance(x, np.ndarray) else _look_torch(x, name)
 
 
@@ -108,6 +121,8 @@ def memory(facts: Facts, start: int, stop: int, *, writable: bool = False) -> U8
     if isinstance(facts.array, Tensor):
         at = facts.layout.offset
         return facts.array.data[start - at : stop - at]
+    if isinstance(facts.array, Deferred):
+        return facts.array.take()[start:stop]
     if facts.is_direct:
         return np.asarray(_Memory(start, stop - start, facts.array, not writable))
     return _fetched(facts, on_device(facts, (start, stop)))
@@ -318,7 +333,7 @@ def destination(x: Array, dtype: str, layout: Layout, name: str = "array") -> U8
     if (facts.dtype, facts.layout.shape) != (dtype, layout.shape):
         wanted = f"{dtype} {layout.shape}"
         raise InvalidInputError(f"{name}: the array is {facts.dtype} {facts.layout.shape}, expected {wanted}")
-    if isinstance(x, Tensor) or (isinstance(x, np.ndarray) and not x.flags.writeable):
+    if isinstance(x, Tensor | Deferred) or (isinstance(x, np.ndarray) and not x.flags.writeable):
         raise InvalidInputError(
             f"{name}: the array is read-only", hint="pass a writable array, e.g. x.copy()"
         )
@@ -418,6 +433,8 @@ def bytes_of(x: Array) -> bytes:
     facts = look(x)
     if isinstance(x, Tensor):
         return x.data.tobytes()
+    if isinstance(x, Deferred):
+        return x.take().tobytes()
     if isinstance(x, np.ndarray):
         return x.tobytes()
     plain = x.detach().resolve_conj().resolve_neg() if x.is_conj() or x.is_neg() else x.detach()

@@ -15,6 +15,7 @@ never whether a deletion is safe.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -254,6 +255,8 @@ class _Gc:
             if self._is_tight:
                 chosen = self._least(chosen, seen)
             if not (chosen.dead or chosen.repack):
+                if self._is_tight:
+                    self._tell_left(seen)
                 return None
             victims = frozenset(chosen.repack)
             if victims:
@@ -290,6 +293,16 @@ class _Gc:
         dead = sorted(chosen.dead, key=lambda name: -use[name].size)[:_N_DEAD_TIGHT]
         repack = [] if dead else sorted(chosen.repack, key=lambda name: use[name].live_size)[:1]
         return replace(chosen, dead=dead, repack=repack)
+
+    def _tell_left(self, seen: Liveness) -> None:
+        """Say what a full disk left undone; an error if it was all there was to do."""
+        n = len(rebase.plan(seen.links()).whole)
+        if not n:
+            return
+        message = f"{self._store.url}: no room to store {n} deltas whole, so what they need stays"
+        if not self._result.freed_size:
+            raise StorageError(message, hint="make room on the disk; forget more steps", errno=errno.ENOSPC)
+        log.warning("%s", message)
 
     def _settled(self) -> Liveness:
         """Look, and begin nothing on what is seen while another gc's cycle is unfinished.
@@ -408,7 +421,7 @@ class _Gc:
         """End the sessions that cannot commit any more, fencing those of the dead; return the others."""
         alive = []
         for name in self._store.sessions():
-            if self._store.refs.decision(name.slot) is not None:
+            if self._backend.exists(name.slot.key):  # whatever it says: it may be damaged
                 self._end(name)  # committed, fenced, or lost to another writer
             elif self._is_dead(name):
                 self._fence(name)
@@ -471,12 +484,27 @@ class _Gc:
         if not self._backend.exists(f"gc/sweep-{cycle}"):
             seen = self._look()
             kept = seen.needed_from(condemned)
+            kept |= self._doubtful(seen, condemned - kept)
             self._store.refs.settle()
             record = GcRecord("sweep", cycle, condemned - kept, seen.n_refs, len(seen.packs))
             self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
             self._backend.barrier("gc")
         for name in sorted(self._store.gc_record(f"gc/sweep-{cycle}").packs):
             self._delete(name.key)
+
+    def _doubtful(self, seen: Liveness, dead: frozenset[PackName]) -> frozenset[PackName]:
+        """Return the packs to keep because they may have the only good copy of a chunk.
+
+        Of two copies one is about to go, and nobody has looked whether the other one is damaged.
+        """
+        rows, holders = seen.relied_on(dead)
+        for name, row in rows:
+            try:
+                self._record(name, row)
+            except (CorruptError, NotFoundError) as e:
+                log.warning("%s; %d packs that may have it are kept; run deltackpt repair", e, len(holders))
+                return holders
+        return frozenset()
 
     def _delete(self, key: str) -> None:
         try:

@@ -299,9 +299,29 @@ class Liveness:
     def in_use_of(self, victims: frozenset[PackName]) -> list[tuple[PackName, np.void]]:
         """Return the rows in use of some packs, in the order they stand there."""
         at = self._in_use(frozenset(), frozenset())
+        return self._in_order(at[self._is_in(victims)[at]])
+
+    def relied_on(
+        self, condemned: frozenset[PackName]
+    ) -> tuple[list[tuple[PackName, np.void]], frozenset[PackName]]:
+        """Return the rows in use of chunks that these packs have too, and those of them that do."""
+        at, is_in = self._in_use(frozenset(), condemned), self._is_in(condemned)
+        is_copied, is_needed = (np.zeros(self._n_chunks, np.bool_) for _ in range(2))
+        is_copied[self._chunk[is_in]] = True
+        is_needed[self._chunk[at]] = True
+        elsewhere = at[is_copied[self._chunk[at]] & ~is_in[at]]
+        holders = np.unique(self._rows.rows["pack"][is_in & is_needed[self._chunk]])
+        return self._in_order(elsewhere), frozenset(self._rows.packs[n] for n in holders)
+
+    def _is_in(self, packs: frozenset[PackName]) -> npt.NDArray[np.bool_]:
+        """Return of each row whether it stands in one of these packs."""
+        chosen = np.array([name in packs for name in self._rows.packs], np.bool_)
+        of_rows: npt.NDArray[np.bool_] = chosen[self._rows.rows["pack"]]
+        return of_rows
+
+    def _in_order(self, at: Ints) -> list[tuple[PackName, np.void]]:
+        """Return rows with their packs, by pack and in the order they stand there."""
         rows = self._rows.rows[at]
-        wanted = np.array([name in victims for name in self._rows.packs], np.bool_)
-        rows = rows[wanted[rows["pack"]]]
         rows = rows[np.lexsort((rows["offset"], rows["pack"]))]
         return [(self._rows.packs[int(row["pack"])], row) for row in rows]
 

@@ -30,6 +30,7 @@ from deltackpt.format import RECORD_HEADER
 from deltackpt.index import Segment
 from deltackpt.pack import PackName, Record
 from deltackpt.records import (
+    GC_RUN,
     GONE,
     Commit,
     Fence,
@@ -92,6 +93,8 @@ class RepairPlan:
         Files that were lost, and of which the name or another copy tells every byte.
     supersede : dict of Slot to Commit
         Decisions that cannot be read, and what was decided.
+    forget : list of Slot
+        Decisions that cannot be read, and that no step needs.
     replace : dict of str to bytes
         Manifests that are damaged or lost.
     rewrite : list of Salvage
@@ -114,6 +117,7 @@ class RepairPlan:
     condemn: GcRecord | None = None
     create: dict[str, bytes] = field(default_factory=dict)
     supersede: dict[Slot, Commit] = field(default_factory=dict)
+    forget: list[Slot] = field(default_factory=list)
     replace: dict[str, bytes] = field(default_factory=dict)
     rewrite: list[Salvage] = field(default_factory=list)
     keep: list[bytes] = field(default_factory=list)
@@ -163,7 +167,7 @@ def plan(found: Survey) -> RepairPlan:
     p.quarantine = sorted(found.bad - found.offered - found.quarantine.ids)
     for chunk_id in p.quarantine:
         act("quarantine", chunk_id.hex(), "no good copy is left; the next save that has it stores it again")
-    p.release = sorted(found.whole | found.offered & found.quarantine.ids)
+    p.release = sorted(found.whole)
     for chunk_id in p.release:
         act("release", chunk_id.hex(), "there is a good copy again")
     p.bad_index, p.stale_index, p.unlisted = found.bad_index, found.stale_index, found.unlisted
@@ -205,7 +209,7 @@ def _plan_cycles(found: Survey, p: RepairPlan, act: _Act) -> None:
             act("set aside", key, "cannot be read; what it may have listed is condemned anew")
     if again:
         # Not fewer than there were: gc goes by it to see that decisions are lost.
-        n_refs = sum(len(listing.slots) for listing in found.listings.values())
+        n_refs = sum(len(listing.slots) for run, listing in found.listings.items() if run != GC_RUN)
         n_refs = max([n_refs, *(record.n_refs for record in found.cycles.values() if record is not None)])
         p.condemn = GcRecord("condemn", n, frozenset(again), n_refs, len(found.packs))
         p.actions.insert(
@@ -235,6 +239,7 @@ def _plan_decision(found: Survey, slot: Slot, p: RepairPlan, act: _Act) -> None:
         return
     decided = found.decisions.get(slot)
     newest = max(s.attempt for s in (*listing.slots, slot) if s.step == slot.step)
+    is_replaced = any(s.attempt > slot.attempt for s in found.committed if s[:2] == slot[:2])
     if slot not in listing.slots:
         if decided is not None:
             p.create[slot.key] = decided.to_bytes()
@@ -243,6 +248,9 @@ def _plan_decision(found: Survey, slot: Slot, p: RepairPlan, act: _Act) -> None:
         elif slot in listing.tombstones:
             p.create[slot.key] = Fence(slot, bytes(16)).to_bytes()
             act("create", slot.key, "it is forgotten: a fence takes its place")
+        elif is_replaced:
+            p.create[slot.key] = Fence(slot, bytes(16)).to_bytes()
+            act("create", slot.key, "a later attempt counts: a fence takes its place")
     elif slot in listing.gone:
         p.aside.append(slot.key)
         act("set aside", slot.key, "it is forgotten")
@@ -250,6 +258,10 @@ def _plan_decision(found: Survey, slot: Slot, p: RepairPlan, act: _Act) -> None:
         p.supersede[slot] = replace(decided, slot=slot._replace(attempt=newest + 1))
         p.aside.append(slot.key)
         act("supersede", slot.key, "the other store has what was decided")
+    elif is_replaced or slot.run == GC_RUN:
+        p.forget.append(slot)
+        p.aside.append(slot.key)
+        act("set aside", slot.key, "a later attempt counts" if is_replaced else "it ended a gc, and no step")
 
 
 # -- doing it
@@ -317,7 +329,7 @@ def repair(where: Where, *, source: Where | None = None, dry_run: bool = False) 
     """
     backend = open_store(where).backend
     other = None if source is None else Store(open_store(source).backend)
-    if other is not None and (other.backend is backend or other.backend.path == backend.path is not None):
+    if other is not None and other.backend.is_same(backend):
         raise InvalidInputError("source: is the store itself", hint="give another store, or none")
     result = RepairResult(dry_run)
     while True:
@@ -385,6 +397,8 @@ class _Repair:
             except ConflictError:
                 continue  # somebody saved it meanwhile
             self._store.refs.forget([slot])
+        if p.forget:
+            self._store.refs.forget(p.forget)
 
     def _move_aside(self, key: str) -> None:
         """Keep the bytes of a file in the quarantine, and delete it, so that its name is free."""

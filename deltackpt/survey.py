@@ -23,6 +23,7 @@ from deltackpt.index import Index, Rows, Segment
 from deltackpt.manifest import Manifest, list_from_bytes
 from deltackpt.pack import PackName, Record
 from deltackpt.records import (
+    GC_RUN,
     Commit,
     Fence,
     GcRecord,
@@ -73,6 +74,8 @@ class Survey:
     packs : set of PackName
     listings : dict of str to Listing
         Each run's decisions.
+    committed : set of Slot
+        The commits among them that can be read and are not forgotten.
     decisions : dict of Slot to Commit or Fence
         Decisions that are damaged or missing here and are to be had; fences for what is forgotten there.
     manifests : dict of str to bytes
@@ -101,6 +104,7 @@ class Survey:
     cycles: dict[tuple[str, int], GcRecord | None] = field(default_factory=dict)
     packs: set[PackName] = field(default_factory=set)
     listings: dict[str, Listing] = field(default_factory=dict)
+    committed: set[Slot] = field(default_factory=set)
     decisions: dict[Slot, Commit | Fence] = field(default_factory=dict)
     manifests: dict[str, bytes] = field(default_factory=dict)
     salvages: list[Salvage] = field(default_factory=list)
@@ -169,8 +173,9 @@ class _Surveyor:
 
     def _refs(self) -> None:
         """List the decisions; look for those that are missing or cannot be read in another copy."""
-        for run in self._store.refs.runs():
+        for run in (*self._store.refs.runs(), GC_RUN):
             self._found.listings[run] = self._store.refs.listing(run)
+        self._found.committed = {commit.slot for commit in self._commits()}
         if self._other is None or self._other.uuid != self._store.uuid:
             return
         damaged = {d.key for d in self._found.damage if d.kind == "commit"}
@@ -350,8 +355,7 @@ class _Surveyor:
             used = {n for a, b in zip(copies, listed, strict=True) if a and not b for n in a.packs}
             found.unlisted = sorted(unlisted & used)
         if self._other is not None:
-            theirs, _ = self._other.refresh(complete=True).find(as_ids(sorted(found.lost)))
-            found.offered = {i for i, there in zip(sorted(found.lost), theirs, strict=True) if there}
+            found.offered = {i for i in found.lost if read(self._other, i) is not None}
         quarantined = sorted(found.quarantine.ids)
         copies = self._look_up(after, quarantined)
         found.whole = {i for i, copy in zip(quarantined, copies, strict=True) if copy is not None}

@@ -314,6 +314,8 @@ def _advice(x: object) -> str:
             return f"pass {call}"
     if hasattr(x, "bit_generator"):
         return "pass x.bit_generator.state"
+    if hasattr(x, "__array__"):
+        return "pass numpy.asarray(x); for JAX see deltackpt.integrations.jax"
     for base in (dict, list, tuple, int, float, str, bytes):
         if isinstance(x, base):
             return f"pass {base.__name__}(x)"

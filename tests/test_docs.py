@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -21,6 +22,8 @@ from deltackpt.cli import EXIT_INTERRUPTED, EXIT_PIPE_CLOSED, cli
 from deltackpt.errors import DeltackptError
 from deltackpt.types import DTYPE_SIZES
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # its own default is TensorFlow
+
 ROOT = Path(__file__).parents[1]
 COMMANDS_PAGE = (ROOT / "docs" / "cli.md").read_text()
 PAGES = sorted(
@@ -31,6 +34,10 @@ MODULES = ["deltackpt"] + [
     for module in pkgutil.walk_packages(deltackpt.__path__, "deltackpt.")
     if module.name not in {"deltackpt._kernels", "deltackpt.__main__"}
 ]
+#: What a page or a module may import that is not always there.
+FRAMEWORKS = {
+    name: name for name in ("torch", "jax", "keras", "lightning", "transformers", "accelerate", "deepspeed")
+} | {"torch_dcp": "torch", "shards": "torch"}
 
 
 def page_id(path: Path) -> str:
@@ -50,13 +57,23 @@ def readers_own() -> dict[str, object]:
     return {"model": model, "optimizer": optimizer, "step": 1001, "loss": 0.5}
 
 
+def need(text: str) -> None:
+    """Skip what imports a framework that is not installed."""
+    for name in re.findall(r"^(?:>>> )?(?:from|import) (?:deltackpt\.integrations\.)?(\w+)", text, re.M):
+        if name in FRAMEWORKS:
+            pytest.importorskip(FRAMEWORKS[name])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_run(name: str):
+    need(f"import {name}")
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=page_id)
 def test_what_a_page_shows_is_what_happens(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for block in blocks(path):
+        need(block.text if block.kind == "python" else "")
     module = ModuleType("page")
     vars(module).update(readers_own() if any(block.kind == "python" for block in blocks(path)) else {})
     monkeypatch.setitem(sys.modules, "page", module)  # where the classes of a page are looked for

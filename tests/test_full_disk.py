@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from deltas import nearly, taken
 from faults import HookedOs
-from steps import collect, noise, opened, visible
+from steps import collect, floats, noise, opened, visible
 
 from deltackpt import process
 from deltackpt.backends.local import LocalBackend
@@ -133,6 +134,31 @@ def test_a_gc_that_can_free_nothing_says_that_the_disk_is_full(full):
     assert visible(full.path).keys() == {2}
     full.left_size = 1 << 20
     assert collect(backend).n_repacked == 1
+
+
+@pytest.mark.parametrize("is_more_dead", [False, True])
+def test_a_gc_with_no_room_to_store_deltas_whole_says_so(full, monkeypatch, caplog, is_more_dead):
+    taken(monkeypatch)
+    backend = LocalBackend(full.path, calls=full.os)
+    run, array = opened(backend), floats(1, 3000)
+    for step in range(9):
+        run.save({"w": array}, step=step)
+        array = nearly(array, step)
+    opened(backend, "other").save({"x": noise(1, 1000)}, step=1)
+    run.forget(range(8))
+    if is_more_dead:
+        opened(backend, "other").forget([1])
+    full.left_size = 0
+    if is_more_dead:
+        assert collect(backend).freed_size
+        assert "no room to store 1 deltas whole" in caplog.text
+    else:
+        with pytest.raises(StorageError, match="no room to store 1 deltas whole") as caught:
+            collect(backend)
+        assert caught.value.is_full
+    full.left_size = 1 << 20
+    assert collect(backend).n_rebased == 1
+    assert visible(full.path).keys() == {8}
 
 
 def test_what_a_dead_writer_left_makes_room_for_its_fence(full):

@@ -5,6 +5,7 @@ import errno
 import itertools
 import shutil
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from deltas import nearly, taken
@@ -18,7 +19,7 @@ from deltackpt.backends.osshim import Os
 from deltackpt.errors import CorruptError, DeltackptError, InvalidInputError, StorageError
 from deltackpt.memory import Memory
 from deltackpt.pack import Record
-from deltackpt.records import Figures, aside_key, lost_key
+from deltackpt.records import GC_RUN, Fence, Figures, SessionName, Slot, aside_key, lost_key
 from deltackpt.repair import repair
 from deltackpt.session import Session
 from deltackpt.shadow import Shadow
@@ -311,6 +312,58 @@ def test_a_forgotten_decision_that_is_damaged_is_set_aside(whole):
     check_settled(backend)
 
 
+def replaced(objects=None):
+    """A store of two steps, the first of them saved twice."""
+    backend = memory_of(objects or {})
+    for step, seed in ((1, 1), (1, 2), (2, 3)):
+        opened(backend).save({"w": noise(seed, 3000)}, step=step, overwrite=True)
+    return backend
+
+
+REPLACED = {1: {"w": noise(2, 3000)}, 2: {"w": noise(3, 3000)}}
+
+
+@pytest.mark.parametrize("lost", [["1.1"], ["1.1", "1.1.gone"]])
+def test_an_attempt_that_is_lost_below_the_one_that_counts_is_fenced(lost):
+    backend = replaced()
+    for name in lost:
+        backend.delete(f"refs/main/{name}")
+    assert not verify(backend).clean
+    assert repair(backend).clean
+    assert_steps(visible(backend), REPLACED)
+    check_settled(backend)
+    opened(backend).save({"w": noise(4, 3000)}, step=1, overwrite=True)
+    assert_steps(visible(backend), REPLACED | {1: {"w": noise(4, 3000)}})
+
+
+def test_a_damaged_fence_below_the_attempt_that_counts_costs_nothing():
+    backend = MemoryBackend()
+    opened(backend).save({"w": noise(3, 3000)}, step=2)
+    key = Slot("main", 1, 1).key
+    backend.create_once(key, Fence(Slot("main", 1, 1), bytes(16)).to_bytes())
+    opened(backend).save({"w": noise(2, 3000)}, step=1)
+    spoilt = memory_of(contents(backend) | {key: b"?"})
+    assert repair(spoilt).clean
+    assert_steps(visible(spoilt), REPLACED)
+    collect(spoilt)
+    check_settled(spoilt)
+    assert_steps(visible(spoilt), REPLACED)
+
+
+def test_a_damaged_fence_of_a_gc_is_set_aside_and_stops_no_gc():
+    backend = replaced()
+    slot = Slot(GC_RUN, 7, 1)
+    backend.create_once(slot.key, b"?")
+    backend.create_once(SessionName(bytes(16), 0, slot).key, b"?", flush=False)
+    collect(backend)
+    assert not backend.names("sessions/")
+    assert not verify(backend).clean
+    assert repair(backend).clean
+    check_settled(backend)
+    collect(backend)
+    assert_steps(visible(backend), REPLACED)
+
+
 def test_a_visible_decision_that_is_damaged_is_told_and_left_alone(whole):
     backend = memory_of(whole | {"refs/main/2.1": b"?"})
     result = repair(backend)
@@ -421,7 +474,9 @@ def test_a_chunk_that_is_damaged_there_too_is_told(whole):
     key = named(whole, "packs/")
     spoilt = whole | {key: flipped(whole[key], 100)}
     backend = memory_of(spoilt)
-    assert not repair(backend, source=memory_of(spoilt)).clean
+    result = repair(backend, source=memory_of(spoilt))
+    assert not result.clean
+    assert "fetch" not in verbs(result)  # its index has the chunk, its pack has not
     check_settled(backend)
 
 
@@ -429,6 +484,13 @@ def test_a_store_is_not_repaired_from_itself(whole):
     backend = memory_of(whole)
     with pytest.raises(InvalidInputError, match="itself"):
         repair(backend, source=backend)
+
+
+def test_nor_by_another_name_of_it(tmp_path):
+    saved_on_disk(tmp_path / "store", (1, 1))
+    (tmp_path / "link").symlink_to("store")
+    with pytest.raises(InvalidInputError, match="itself"):
+        repair(tmp_path / "store", source=tmp_path / "link")
 
 
 # -- the plan, and a repair cut short
@@ -626,6 +688,35 @@ def test_a_chunk_whose_only_good_copy_gc_is_about_to_delete_is_kept(tmp_path, mo
     collect(tmp_path)
     assert same(opened(tmp_path).load(2), {"w": noise(1, 60_000)})
     assert repair(tmp_path).actions == []
+
+
+def saved_twice(backend, whole):
+    """Save a state in two sessions that know nothing of each other; return their packs, run main's first."""
+    writers = [Session(open_store(backend, create=True), run, 1) for run in ("main", "other")]
+    for writer in writers:
+        writer.look_up(np.zeros((0, 32), np.uint8))  # what comes now it does not see
+    for writer in writers:
+        saved = snapshot.save(writer, whole, lambda _: Memory(), Shadow(0)).manifest.to_bytes()
+        writer.publish(saved)
+        writer.commit(saved, parent=None, metrics={}, metadata={}, figures=Figures())
+    return [f"packs/{writer.sid.hex()}-0-0.pack" for writer in writers]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_of_two_copies_gc_deletes_none_of_which_the_other_is_damaged(n, caplog):
+    whole, backend = {"w": noise(1, 60_000)}, MemoryBackend()
+    keys = saved_twice(backend, whole)
+    spoilt = memory_of(contents(backend) | {keys[n]: flipped(backend.read(keys[n]), 3000)})
+    for _ in range(2):
+        collect(spoilt)
+    repair(spoilt)
+    for _ in range(2):
+        collect(spoilt)
+    assert_steps(visible(spoilt), {1: whole})
+    caplog.clear()
+    collect(backend)
+    assert not caplog.text
+    assert len(backend.names("packs/")) == 1
 
 
 def test_gc_misses_lost_decisions_though_a_record_of_its_own_was_set_aside(tmp_path):

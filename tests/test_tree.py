@@ -12,7 +12,7 @@ from anystate import Child, Config, Frozen, Point, child, picture, states
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deltackpt.arrays import allocate, view
+from deltackpt.arrays import allocate, bytes_of, destination, view
 from deltackpt.errors import (
     CorruptError,
     DeltackptError,
@@ -21,6 +21,7 @@ from deltackpt.errors import (
     MissingDependencyError,
     UnsupportedVersionError,
 )
+from deltackpt.layout import Layout
 from deltackpt.leaves import leaf_names, named, select
 from deltackpt.structure import TAGS
 from deltackpt.tree import flatten, unflatten
@@ -351,6 +352,24 @@ def test_a_tensor_of_no_framework_is_stored_as_it_is():
     (tensor,) = flat.tensors
     assert (tensor.name, tensor.dtype, tensor.shape, tensor.framework) == ("a", "bfloat16", (2,), "torch")
     assert np.shares_memory(tensor.data, data)
+
+
+def test_what_is_somewhere_else_is_fetched_when_it_is_needed_and_stored_once():
+    n_fetched = []
+
+    def take():
+        n_fetched.append(1)
+        return np.arange(6, dtype=np.uint8)
+
+    x = Deferred("", "int16", (3, 1), "numpy", take)
+    flat = flatten({"a": x, "b": [x], "none": np.zeros(0)})
+    assert not n_fetched
+    assert flat.structure == {"map": {"a": {"tensor": 0}, "b": [{"tensor": 0}], "none": {"tensor": 1}}}
+    tensor = flat.tensors[0].taken()
+    assert (tensor.name, tensor.dtype, tensor.shape, len(n_fetched)) == ("a", "int16", (3, 1), 1)
+    assert tensor.data.tobytes() == bytes_of(x) == bytes(range(6))
+    with pytest.raises(InvalidInputError, match="read-only"):
+        destination(x, "int16", Layout.plain((3, 1), 2))
 
 
 def test_what_overlaps_is_stored_once_and_overlaps_again():

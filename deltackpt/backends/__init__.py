@@ -104,6 +104,10 @@ class Backend(ABC):
     url: str
     path: str | None = None
 
+    def is_same(self, other: Backend) -> bool:
+        """Whether both are one storage, by whatever name each was opened."""
+        return self is other
+
     @abstractmethod
     def make_dirs(self, names: Iterable[str]) -> None:
         """Make the storage and these directories, where it has such things; durable at the next barrier.

@@ -134,6 +134,10 @@ class LocalBackend(Backend):
         self._plain_dirs = {""}  # those inside the store that were found to be no links
         self._is_relied_on = False
 
+    def is_same(self, other: Backend) -> bool:
+        """See `Backend.is_same`."""
+        return isinstance(other, LocalBackend) and self._identity() == other._identity()
+
     # -- writing ---------------------------------------------------------------------------------------------
 
     def make_dirs(self, names: Iterable[str]) -> None:
@@ -330,6 +334,11 @@ class LocalBackend(Backend):
                 hint="put the directory itself there; the whole store may lie behind a link",
             )
         self._plain_dirs.add(directory)
+
+    def _identity(self) -> tuple[int, int]:
+        with _translated(self.url, "look up"):
+            status = self._os.lstat(f"{self.url}/.")
+        return status.st_dev, status.st_ino
 
     def _is_dir(self, path: Path) -> bool:
         try:

@@ -37,7 +37,7 @@ MODULES = ["deltackpt"] + [
 #: What a page or a module may import that is not always there.
 FRAMEWORKS = {
     name: name for name in ("torch", "jax", "keras", "lightning", "transformers", "accelerate", "deepspeed")
-} | {"torch_dcp": "torch", "shards": "torch"}
+} | {"torch_dcp": "torch", "shards": "torch", "lightning_fabric": "lightning"}
 
 
 def page_id(path: Path) -> str:

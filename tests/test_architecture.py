@@ -22,7 +22,7 @@ MODULES = {
 MODULES["deltackpt"] = MODULES.pop("__init__")
 
 #: Modules that open files which are not a store's.
-OPENS_FILES = {"files", "series", "export", "demo", "cli", "process", "energy"}
+OPENS_FILES = {"files", "folders", "series", "export", "demo", "cli", "process", "energy"}
 FILE_MODULES = {"pathlib", "shutil", "tempfile", "glob", "io", "fcntl", "fileinput", "mmap"}
 #: What of `os` opens nothing.
 HARMLESS = {

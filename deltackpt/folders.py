@@ -47,6 +47,7 @@ from deltackpt.errors import (
     CorruptError,
     InvalidInputError,
     NotFoundError,
+    StorageError,
     UnsupportedVersionError,
 )
 from deltackpt.files import reserve, storage_errors
@@ -418,6 +419,55 @@ def restore(
             _remove(temporary)
             raise
     return Restored(commit.slot.step, path, sum(entry.size for entry in folder.entries))
+
+
+def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) -> bool:
+    """Return whether a file or directory is what a step holds of it, by names, sizes and times of change.
+
+    Parameters
+    ----------
+    run : Run
+    step : int
+    path : Path
+    by_content : bool
+        Read all of it, and go by that instead of sizes and times: after a power loss those may be right where
+        the content is not.
+    """
+    commit = run.commit(step)
+    with run.reading(commit):
+        folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {step}")
+    try:
+        found = dict(_walk(path))
+        return found.keys() == {entry.path for entry in folder.entries} and all(
+            _is_same(path / entry.path if entry.path else path, found[entry.path], entry, by_content)
+            for entry in folder.entries
+        )
+    except (ConflictError, StorageError):  # it is gone, or going
+        return False
+
+
+def _is_same(path: Path, found: os.stat_result, entry: _Entry, by_content: bool) -> bool:
+    if entry.kind == "link":
+        return stat.S_ISLNK(found.st_mode) and os.readlink(path) == entry.target  # noqa: PTH115
+    if entry.kind == "directory":
+        return stat.S_ISDIR(found.st_mode)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+        return False
+    return _hash(_mapped(path, found)) == entry.blake3 if by_content else found.st_mtime_ns == entry.mtime_ns
+
+
+def remove(path: Path) -> None:
+    """Remove a directory; by its name it is whole, or not there."""
+    gone = path.with_name(f".deltackpt-{secrets.token_hex(8)}.gone")
+    with storage_errors(path):
+        path.rename(gone)
+    _remove(gone)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what is left of a directory whose removal was cut short."""
+    for path in directory.glob(".deltackpt-*.gone"):
+        _remove(path)
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

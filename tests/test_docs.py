@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 import sys
@@ -33,6 +33,17 @@ MODULES = ["deltackpt"] + [
 ]
 
 
+#: Frameworks that not everybody has.
+FRAMEWORKS = ("transformers",)
+
+
+def skip_without(text: str) -> None:
+    """Skip what imports a framework that is not installed."""
+    for name in FRAMEWORKS:
+        if re.search(rf"^(?:>>> )?(?:from|import) {name}\b", text, re.M):
+            pytest.importorskip(name)
+
+
 def page_id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -52,11 +63,13 @@ def readers_own() -> dict[str, object]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_run(name: str):
+    skip_without(Path(importlib.util.find_spec(name).origin).read_text())
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=page_id)
 def test_what_a_page_shows_is_what_happens(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    skip_without(path.read_text())
     module = ModuleType("page")
     vars(module).update(readers_own() if any(block.kind == "python" for block in blocks(path)) else {})
     monkeypatch.setitem(sys.modules, "page", module)  # where the classes of a page are looked for

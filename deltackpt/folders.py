@@ -56,7 +56,7 @@ from deltackpt.records import check_step
 from deltackpt.report import SaveReport
 from deltackpt.run import Run, check_metadata, check_metrics, open_run
 from deltackpt.saver import Saver, What
-from deltackpt.shadow import Shadow
+from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Where
 from deltackpt.structure import Leaf, Names, where
 from deltackpt.types import DTYPE_SIZES, U8, Tensor
@@ -134,7 +134,9 @@ def save_files(
     """
     found = Found(Path(path), check_step(step))  # before a store is made
     with open_run(store, run, optimize=optimize) as opened:
-        return FolderSaver(opened).save(found, metrics=metrics, metadata=metadata, overwrite=overwrite)
+        return FolderSaver(opened, shadow=0).save(
+            found, metrics=metrics, metadata=metadata, overwrite=overwrite
+        )
 
 
 def load_files(
@@ -185,11 +187,13 @@ class FolderSaver:
     ----------
     run : Run
         Its rules say which steps stay; what is remembered of the last step lives as long as this.
+    shadow : int
+        Bytes of memory for what changed in the last step, as of `deltackpt.open_run`.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, shadow: int = SIZE_MAX) -> None:
         self.run = run
-        self._saver = Saver(run.store, run.name, Shadow())
+        self._saver = Saver(run.store, run.name, Shadow(shadow))
 
     def save(
         self,

@@ -7,12 +7,15 @@ import io
 import os
 import socket
 import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -540,3 +543,76 @@ def test_the_commands_save_show_compare_and_restore_directories(tmp_path, monkey
     assert refused.exit_code == 1
     assert "checkpoint-20: is there already" in refused.output
     ok("restore", "--step", "20", "--overwrite")
+
+
+# -- what is as it was saved, and memory
+
+
+def test_a_directory_is_as_saved_until_something_in_it_changes(tmp_path):
+    store = MemoryBackend()
+    root = made(tmp_path / "c", TREE)
+    save_files(root, store, step=1)
+    with open_run(store) as run:
+        for by_content in (False, True):
+            assert folders.is_as_saved(run, 1, root, by_content=by_content)
+            for change in ({"more": b""}, {"link": "deep"}, {"empty": {}}, {"empty": b"x"}):
+                other = made(tmp_path / "other", {**TREE, **change})
+                assert not folders.is_as_saved(run, 1, other, by_content=by_content)
+                folders.remove(other)
+            assert not folders.is_as_saved(run, 1, tmp_path / "none", by_content=by_content)
+        of = (root / "large.bin").stat()
+        (root / "large.bin").write_bytes(bytes(of.st_size))
+        assert not folders.is_as_saved(run, 1, root)
+        os.utime(root / "large.bin", ns=(of.st_atime_ns, of.st_mtime_ns))
+        assert folders.is_as_saved(run, 1, root)  # it looks at the time alone
+        assert not folders.is_as_saved(run, 1, root, by_content=True)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_by_the_name_and_is_made_up_for(tmp_path, monkeypatch):
+    root = made(tmp_path / "c", TREE)
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "_remove", lambda path: None)
+        folders.remove(root)
+    assert not root.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    folders.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+#: Saves and restores a directory; the memory of its own that it takes for that, in bytes.
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+import deltackpt
+
+def own():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+def watched():
+    while True:
+        most[0] = max(most[0], own())
+        time.sleep(0.002)
+
+here = Path(sys.argv[1])
+deltackpt.save_files(__import__("os").__file__, here / "warm", step=1)
+before = own()
+most = [before]
+threading.Thread(target=watched, daemon=True).start()
+deltackpt.save_files(here / "c", here / "store", step=1)
+deltackpt.load_files(here / "store", here / "out")
+print(most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc says nothing of memory here")
+def test_a_directory_larger_than_the_memory_is_saved_and_restored(tmp_path):
+    random = np.random.default_rng(0)
+    root = made(tmp_path / "c", {"blob": random.bytes(96 << 20)})
+    np.savez(root / "w.npz", w=random.standard_normal(24 << 20, np.float32))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 << 20  # of 192 MiB
+    assert facts(tmp_path / "out") == facts(root)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -140,6 +141,8 @@ def forked(asked, rank, port):
             }  # fmt: skip
         globals()[asked["work"]](*asked["args"])
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -73,6 +73,7 @@ _READ_SIZE_MAX = 1 << 20
 _BATCH_SIZE = 64 << 20
 _MODE = 0o777  # no set-uid of a stranger's making
 _MTIME_MAX = 1 << 63
+_SIZE_MAX = 1 << 62  # beyond what a system can be asked for
 #: The number of a step in a path: ``global_step100``, ``checkpoint-100``, ``iter_0000100``.
 _STEP = re.compile(r"(?i)((?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?)0*(\d+)")
 
@@ -437,9 +438,10 @@ def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) ->
         Read all of it, and go by that instead of sizes and times: after a power loss those may be right where
         the content is not.
     """
-    commit = run.commit(step)
-    with run.reading(commit):
-        folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {step}")
+    manifest = run.manifest(step)
+    if not holds_files(manifest):
+        return False
+    folder = _Folder.of(manifest, f"run {run.name!r} step {step}")
     try:
         found = dict(_walk(path))
         return found.keys() == {entry.path for entry in folder.entries} and all(
@@ -593,9 +595,13 @@ class _Folder:
             if entry.kind == "link":
                 (root / entry.path).symlink_to(entry.target)
         for path, entry in reversed(directories):  # what is in it changes a directory's time
-            os.utime(path, ns=(entry.mtime_ns, entry.mtime_ns))
-            _sync(path)
-            path.chmod(entry.mode)
+            opened = os.open(path, os.O_RDONLY)
+            try:
+                os.utime(opened, ns=(entry.mtime_ns, entry.mtime_ns))
+                os.fchmod(opened, entry.mode)
+                os.fsync(opened)
+            finally:
+                os.close(opened)
 
 
 def _after(done_size: int, total_size: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -703,6 +709,8 @@ def _checked_entry(body: Any, files: dict[Any, Any]) -> _Entry:
     if not isinstance(rest, bytes | TensorRow) or not all(isinstance(row, TensorRow) for row in tensors):
         raise CorruptError(f"{at}: found {type(rest).__name__}, expected bytes and tensors")
     entry = _Entry(path, kind, mode & _MODE, mtime_ns, "", str(digest), gaps, rest, tensors)
+    if entry.size > _SIZE_MAX:
+        raise CorruptError(f"{at}: has {entry.size} bytes, at most {_SIZE_MAX} allowed")
     if tensors:
         rest_size = entry.size - sum(row.size for row in tensors)
         is_good = all(type(gap) is int and gap >= 0 for gap in gaps)

@@ -32,6 +32,7 @@ from deltackpt.errors import (
     UnsupportedVersionError,
 )
 from deltackpt.folders import FolderSaver, Found
+from deltackpt.manifest import TensorRow
 
 try:
     import torch
@@ -370,6 +371,7 @@ def test_a_state_is_no_files_and_says_so(tmp_path):
     delta.save({"w": np.ones(3)}, store, step=1)
     with pytest.raises(InvalidInputError, match="run 'main' step 1: holds a state and no files"):
         load_files(store, tmp_path / "out")
+    assert not folders.is_as_saved(open_run(store), 1, made(tmp_path / "c", {}))
 
 
 # -- what hostile stores say
@@ -446,6 +448,12 @@ def test_what_a_hostile_store_says_of_files_is_refused_and_leaves_nothing(tmp_pa
         with pytest.raises(CorruptError):
             load_files(store, out)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["here"]
+
+
+def test_a_file_of_more_bytes_than_can_be_asked_for_is_refused():
+    row = TensorRow("w", "uint8", (1 << 62,), "numpy", 1 << 62, 0, bytes(32), bytes(16))
+    with pytest.raises(CorruptError, match="at most"):
+        folders._checked_entry({**FILE, "gaps": [0, 0, 0]}, {"f": {"rest": b"", "a": row, "b": row}})
 
 
 def test_a_strangers_set_uid_is_not_put_back(tmp_path):

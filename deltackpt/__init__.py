@@ -22,6 +22,7 @@ from deltackpt.errors import (
     StorageError,
     UnsupportedVersionError,
 )
+from deltackpt.folders import load_files, save_files
 from deltackpt.loader import LazyArray
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
@@ -53,9 +54,11 @@ __all__ = [
     "every_seconds",
     "last",
     "load",
+    "load_files",
     "open_run",
     "open_store",
     "read",
     "save",
+    "save_files",
     "these",
 ]

@@ -1,4 +1,4 @@
-"""Export: one step of a run as a file that other tools read.
+"""Export: one step of a run as a file that other tools read, or as the files that it was saved from.
 
 Owns   the choice of container by extension, what goes beside the tensors, the order and size of the reads.
 Never  holds more than a batch of tensors in memory (but for torch's files), or leaves half a file.
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltackpt import arrays, files, leaves, restore
+from deltackpt import arrays, files, folders, leaves, restore
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.files import TensorSpec
 from deltackpt.layout import Layout
@@ -39,7 +39,7 @@ class Exported:
     run, step : str, int
     path : Path
     file_size : int
-        Bytes of the file.
+        Bytes of the file, or of all files.
     total_s : float
         From the call to its return.
     """
@@ -65,6 +65,8 @@ def export(
     progress: Callable[[int, int], None] = lambda done_size, total_size: None,
 ) -> Exported:
     """Write one step as a ``.safetensors``, ``.npz`` or ``.pt`` file, every chunk checked against its id.
+
+    A step of files is written as those, as by `deltackpt.load_files`, unless `keys` are given.
 
     Parameters
     ----------
@@ -103,6 +105,10 @@ def export(
     """
     start = time.perf_counter()
     commit = run.commit(step)
+    if keys is None and folders.holds_files(run.manifest(commit.slot.step)):
+        done = folders.restore(run, commit.slot.step, out, overwrite=overwrite, progress=progress)
+        seconds = round(time.perf_counter() - start, 6)
+        return Exported(run.name, done.step, done.path, done.file_size, seconds)
     path = out or Path(f"{run.name}-step-{commit.slot.step}.safetensors")
     _check_target(path, overwrite)
     if path.suffix.lower() == ".pt":

@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from deltackpt import arrays, dtypes
+from deltackpt.containers import FROM_SAFETENSORS, HEADER_SIZE_MAX
 from deltackpt.errors import (
     DeltackptError,
     FormatError,
@@ -40,35 +41,12 @@ from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, Framewo
 #: File name extensions that `read_state` knows.
 READABLE = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 
-#: safetensors' dtype names (https://github.com/huggingface/safetensors) and ours.
-_FROM_SAFETENSORS = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-_TO_SAFETENSORS = {ours: theirs for theirs, ours in _FROM_SAFETENSORS.items()}
+_TO_SAFETENSORS = {ours: theirs for theirs, ours in FROM_SAFETENSORS.items()}
 
 _METADATA = "__metadata__"
 _STRUCTURE = "deltackpt"  # key of the safetensors metadata
 _STRUCTURE_MEMBER = "deltackpt.json"  # member of an npz
 
-_HEADER_SIZE_MAX = 100_000_000  # the safetensors library's own cap
 _N_DIMS_MAX = 32  # NumPy 1's cap
 _SIZE_MAX = (1 << 63) - 1  # of any tensor, even where another dimension is 0: what NumPy can address
 _ZIP_NAME_SIZE_MAX = 65_000  # 65,535 in the zip format, less ".npy" and a margin
@@ -130,17 +108,17 @@ def _unknown_suffix(path: Path, known: Sequence[str]) -> InvalidInputError:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with _storage_errors(path), path.open("rb") as file:
+    with storage_errors(path), path.open("rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         if file_size < 8:
             raise FormatError(f"{path}: file has {file_size} bytes, a safetensors file has at least 8")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     content: U8 = np.frombuffer(mapped, np.uint8)
     header_size = int.from_bytes(mapped[:8], "little")
-    if header_size > min(_HEADER_SIZE_MAX, content.size - 8):
+    if header_size > min(HEADER_SIZE_MAX, content.size - 8):
         raise FormatError(
             f"{path}: header size is {header_size}, "
-            f"expected at most {min(_HEADER_SIZE_MAX, content.size - 8)} in a file of {content.size} bytes"
+            f"expected at most {min(HEADER_SIZE_MAX, content.size - 8)} in a file of {content.size} bytes"
         )
     header = _parse_json_object(mapped[8 : 8 + header_size], where=str(path))
     header.pop(_METADATA, None)
@@ -179,10 +157,10 @@ class _Entry:
     def parse(cls, entry: object, where: str) -> _Entry:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise FormatError(f"{where}: entry needs exactly dtype, shape and data_offsets")
-        dtype = _FROM_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        dtype = FROM_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
             raise FormatError(
-                f"{where}: dtype is {entry['dtype']!r:.80}, expected one of {', '.join(_FROM_SAFETENSORS)}"
+                f"{where}: dtype is {entry['dtype']!r:.80}, expected one of {', '.join(FROM_SAFETENSORS)}"
             )
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not isinstance(shape, list) or not _is_shape(shape):
@@ -237,7 +215,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 @contextmanager
 def _zip_errors(path: Path, kind: str) -> Iterator[None]:
-    with _storage_errors(path):
+    with storage_errors(path):
         try:
             yield
         # RuntimeError: an encrypted member. NotImplementedError: a zip feature that zipfile has not.
@@ -328,7 +306,7 @@ def _read_exactly(file: IO[bytes], into: U8, where: str) -> None:
 
 def _read_pt(path: Path) -> State:
     torch = _import_torch(path)
-    with _storage_errors(path), path.open("rb") as file:
+    with storage_errors(path), path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote a stream, which cannot be mapped
     if is_zip:
         _check_pt(path)
@@ -466,7 +444,7 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
     _check_specs(path, specs)
     with _replacing(path) as file:
         out: _SafetensorsOutput | _NpzOutput
-        with _storage_errors(path):
+        with storage_errors(path):
             if suffix == ".safetensors":
                 out = _SafetensorsOutput(file, specs, structure)
             else:
@@ -474,7 +452,7 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
         try:
             yield out
         finally:
-            with _storage_errors(path):
+            with storage_errors(path):
                 out.close()
         if out.missing:
             raise InvalidInputError(f"{path}: tensor {min(out.missing)!r} was never filled")
@@ -527,11 +505,11 @@ class _SafetensorsOutput(Output):
             }
         raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
         raw += b" " * (-len(raw) % 8)
-        if len(raw) > _HEADER_SIZE_MAX:
+        if len(raw) > HEADER_SIZE_MAX:
             raise InvalidInputError(
-                f"safetensors header takes {len(raw)} bytes, the limit is {_HEADER_SIZE_MAX}"
+                f"safetensors header takes {len(raw)} bytes, the limit is {HEADER_SIZE_MAX}"
             )
-        _reserve(file.fileno(), 8 + len(raw) + end)
+        reserve(file.fileno(), 8 + len(raw) + end)
         self._mapped = mmap.mmap(file.fileno(), 8 + len(raw) + end)
         self._mapped[: 8 + len(raw)] = len(raw).to_bytes(8, "little") + raw
         self._data: U8 = np.frombuffer(self._mapped, np.uint8)[8 + len(raw) :]
@@ -550,7 +528,7 @@ class _SafetensorsOutput(Output):
             self._mapped.flush()
 
 
-def _reserve(fd: int, size: int) -> None:
+def reserve(fd: int, size: int) -> None:
     """Take the disk space now: a full disk met later, through the map, would kill the process by SIGBUS."""
     try:
         os.posix_fallocate(fd, 0, size)
@@ -578,7 +556,7 @@ class _NpzOutput(Output):
         spec, data = self._specs[name], self._buffers.pop(name)
         descr = np.lib.format.dtype_to_descr(dtypes.numpy_dtype(spec.dtype))
         header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
-        with self._writing, _storage_errors(Path(f"{name}.npy")):
+        with self._writing, storage_errors(Path(f"{name}.npy")):
             with self._archive.open(_zip_info(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 member.write(data.data)
@@ -618,7 +596,7 @@ def write_pt(path: Path, state: State) -> None:
     """
     path = Path(path)
     torch = _import_torch(path)
-    with _replacing(path) as file, _storage_errors(path):
+    with _replacing(path) as file, storage_errors(path):
         torch.save(_to_torch(state, path), file)
 
 
@@ -646,15 +624,15 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise InvalidInputError(f"{path}: is a directory, expected a file name")
     temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
-    with _storage_errors(path):
+    with storage_errors(path):
         file = temporary.open("x+b")
     try:
         with file:
             yield file
-            with _storage_errors(path):
+            with storage_errors(path):
                 file.flush()
                 os.fsync(file.fileno())
-        with _storage_errors(path):
+        with storage_errors(path):
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -670,7 +648,7 @@ def write_small(path: Path, data: bytes) -> None:
     StorageError
         If the disk fails or is full.
     """
-    with _replacing(path) as file, _storage_errors(path):
+    with _replacing(path) as file, storage_errors(path):
         file.write(data)
 
 
@@ -682,7 +660,7 @@ def make_directory(path: Path) -> None:
     StorageError
         If it cannot be made.
     """
-    with _storage_errors(path):
+    with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -694,7 +672,7 @@ def read_small(path: Path, size_max: int) -> bytes | None:
     StorageError
         If it cannot be read.
     """
-    with _storage_errors(path):
+    with storage_errors(path):
         if not path.is_file():
             return None
         with path.open("rb") as file:
@@ -710,14 +688,14 @@ def remove(path: Path) -> None:
     StorageError
         If it cannot be removed.
     """
-    with _storage_errors(path):
+    with storage_errors(path):
         path.unlink(missing_ok=True)
     _flush_names(path.parent)
 
 
 def _flush_names(directory: Path) -> None:
     """Have what was created, renamed or removed there survive a power loss."""
-    with _storage_errors(directory):
+    with storage_errors(directory):
         fd = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -726,7 +704,8 @@ def _flush_names(directory: Path) -> None:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """Name the file in what the system refuses."""
     try:
         yield
     except StorageError:

@@ -148,7 +148,15 @@ class Saver:
         self.prepare()
         return Session(self.store, self.run, what.step, overwrite=what.overwrite, optimize=what.optimize)
 
-    def save(self, state: State, what: What, taken: Taken, *, allow_pickle: bool) -> SaveReport:
+    def save(
+        self,
+        state: State,
+        what: What,
+        taken: Taken,
+        *,
+        allow_pickle: bool,
+        check: Callable[[], None] = lambda: None,
+    ) -> SaveReport:
         """Save a state that does not change meanwhile; durable and visible on return.
 
         Parameters
@@ -157,6 +165,8 @@ class Saver:
         what : What
         taken : Taken
         allow_pickle : bool
+        check : callable
+            Called when all of it is written, and before it is decided: raises if it did change.
 
         Raises
         ------
@@ -165,7 +175,7 @@ class Saver:
         """
         session = self.open(what)
         try:
-            return self._save(session, state, what, taken, allow_pickle)
+            return self._save(session, state, what, taken, allow_pickle, check)
         except StorageError as e:
             if e.errno in _LASTING or session.deciding:
                 raise
@@ -173,10 +183,16 @@ class Saver:
             log.warning("run %r step %d: %s; saving once more", self.run, what.step, e.message)
         session = self.open(what)
         with session.losing():
-            return self._save(session, state, what, taken, allow_pickle)
+            return self._save(session, state, what, taken, allow_pickle, check)
 
     def _save(
-        self, session: Session, state: State, what: What, taken: Taken, allow_pickle: bool
+        self,
+        session: Session,
+        state: State,
+        what: What,
+        taken: Taken,
+        allow_pickle: bool,
+        check: Callable[[], None],
     ) -> SaveReport:
         start = time.perf_counter()
         with session:
@@ -188,6 +204,7 @@ class Saver:
                 allow_pickle=allow_pickle,
                 audit_every=self.audit_every,
             )
+            check()
             return self._commit(session, saved, what, taken, start)
 
     def save_looks(

@@ -1,6 +1,6 @@
-"""A series: the checkpoint files of one training job, and the step that each of them is.
+"""A series: the checkpoints of one training job, files or directories, and the step that each of them is.
 
-Owns   finding the files, reading steps from their names, saving them in order, the sum of what it took.
+Owns   finding them, reading steps from their names, saving them in order, the sum of what it took.
 Never  guesses: names that do not tell their step apart are an error that lists them.
 """
 
@@ -11,6 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from deltackpt import delta, files
 from deltackpt.efforts import Optimize
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from deltackpt.folders import FolderSaver, Found
 from deltackpt.records import STEP_MAX
 from deltackpt.report import SaveReport, human_size, human_time
 from deltackpt.run import open_run
@@ -35,6 +37,10 @@ _PART = re.compile(r"\d+-of-0*(\d+)", re.ASCII)
 _NUMBER = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)", re.ASCII)
 #: One that is called a step: ``step_100``, ``step=100``, ``global_step100``.
 _STEP = re.compile(rf"steps?[-_= ]?{_NUMBER.pattern}", re.ASCII | re.IGNORECASE)
+#: What a checkpoint of some step is called: ``step_100``, ``checkpoint-100``, ``epoch=3``, ``iter_0000100``.
+_CALLED = re.compile(r"(?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?\d", re.ASCII | re.IGNORECASE)
+#: Files that a folder of checkpoints may hold; Lightning's are torch's by another name.
+_CHECKPOINTS = (*files.READABLE, ".ckpt")
 
 
 def find(patterns: Iterable[str]) -> list[Path]:
@@ -57,6 +63,49 @@ def find(patterns: Iterable[str]) -> list[Path]:
             raise NotFoundError(f"{pattern}: no such file", hint="check the path, and quote patterns")
         found.update(names)
     return [Path(name) for name in sorted(found)]
+
+
+def find_checkpoints(patterns: Iterable[str]) -> list[Path]:
+    """Return the checkpoints that names and shell patterns stand for, each a step: files or directories.
+
+    A directory whose name is that of a checkpoint, as ``checkpoint-100`` is, is one; of any other its series
+    is taken: the files and directories in it whose names differ by their numbers alone.  Where there are
+    several such series, those that are called steps, checkpoints, epochs or iterations are meant.
+
+    Raises
+    ------
+    NotFoundError
+        If one stands for no file, or a directory holds no series.
+    InvalidInputError
+        If a directory holds several; lists them.
+    """
+    return [
+        step
+        for path in find(patterns)
+        for step in (_within(path) if path.is_dir() and not _CALLED.search(path.resolve().name) else [path])
+    ]
+
+
+def _within(folder: Path) -> list[Path]:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        is_one = path.is_dir() or path.suffix.lower() in _CHECKPOINTS
+        if is_one and not name.startswith((".", "_")) and not _PART.search(name) and _NUMBER.search(name):
+            found[re.sub(r"\d+(?:\.\d+)?", "*", name)].append(path)
+    called = {pattern: paths for pattern, paths in found.items() if _CALLED.search(paths[0].name)}
+    several = called or found
+    if not several:
+        raise NotFoundError(
+            f"{folder}: holds no series of checkpoints",
+            hint="a file or directory in it, with a number in its name, for each step; or name them",
+        )
+    if len(several) > 1:
+        patterns = [str(folder / pattern) for pattern in several]
+        raise InvalidInputError(
+            f"{folder}: holds several series: {', '.join(patterns)}", hint="name one of them"
+        )
+    return next(iter(several.values()))
 
 
 def steps_of(paths: Iterable[P]) -> dict[P, int]:
@@ -151,14 +200,14 @@ def _listed(noun: str, items: Iterable[str], between: str = ", ") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One file of a series, saved, or passed over.
+    """One file or directory of a series, saved, or passed over.
 
     Parameters
     ----------
     path : Path
     step : int
     file_size : int
-        Bytes of the file.
+        Bytes of the file, or of all files in the directory.
     report : SaveReport or None
         None: the run had the step already.
     """
@@ -238,9 +287,12 @@ def save(
     existing: Existing = "refuse",
     optimize: Optimize = "bytes",
     metrics: Mapping[str, float] | None = None,
+    as_files: bool = False,
     progress: Callable[[int, int, str], None] = lambda done_size, total_size, now: None,
 ) -> Iterator[Saved]:
     """Save files as steps of a run, one after another; yield each when it is durable.
+
+    Of a file the state in it is saved, of a directory its files as they are, as `save_files` does.
 
     What can be checked is checked before the first is saved.  A series that breaks off all the same leaves
     the steps it has saved.
@@ -258,6 +310,8 @@ def save(
         As of `deltackpt.open_run`; by default the smallest, since no training waits for it.
     metrics : dict of str to float, optional
         Of every step.
+    as_files : bool
+        Save files as they are too, and not the states in them.
     progress : callable
         Is told the bytes of files done, of all, and which is read now.
 
@@ -269,7 +323,11 @@ def save(
         If a file is of a kind that cannot be read.
     """
     _refuse(
-        [str(path) for path in steps if path.suffix.lower() not in files.READABLE],
+        [
+            str(path)
+            for path in steps
+            if not as_files and not path.is_dir() and path.suffix.lower() not in files.READABLE
+        ],
         f"is none of {', '.join(files.READABLE)}",
         "name files of these kinds, as in 'ckpt/*.pt'",
     )
@@ -287,21 +345,30 @@ def save(
         )
     sizes = {path: _size(path) for path in steps}
     total_size, done_size = sum(sizes.values()), 0
-    for number, (path, step) in enumerate(steps.items(), 1):
-        progress(done_size, total_size, f"saving {path} ({number} of {len(steps)})")
-        report = None
-        if step not in there or existing == "overwrite":
-            report = delta.save(
-                files.read_state(path),
-                store,
-                step=step,
-                run=run,
-                metrics=metrics,
-                overwrite=existing == "overwrite",
-                optimize=optimize,
-            )
-        done_size += sizes[path]
-        yield Saved(path, step, sizes[path], report)
+    with ExitStack() as opened:
+        folders: FolderSaver | None = None
+        for number, (path, step) in enumerate(steps.items(), 1):
+            progress(done_size, total_size, f"saving {path} ({number} of {len(steps)})")
+            report = None
+            if step in there and existing != "overwrite":
+                pass
+            elif as_files or path.is_dir():
+                found = Found(path, step)  # before a store is made
+                if folders is None:
+                    folders = FolderSaver(opened.enter_context(open_run(store, run, optimize=optimize)))
+                report = folders.save(found, metrics=metrics, overwrite=existing == "overwrite")
+            else:
+                report = delta.save(
+                    files.read_state(path),
+                    store,
+                    step=step,
+                    run=run,
+                    metrics=metrics,
+                    overwrite=existing == "overwrite",
+                    optimize=optimize,
+                )
+            done_size += sizes[path]
+            yield Saved(path, step, sizes[path], report)
 
 
 def _steps_there(store: Where, run: str) -> tuple[set[int], set[int]]:
@@ -314,4 +381,6 @@ def _steps_there(store: Where, run: str) -> tuple[set[int], set[int]]:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0  # `read_state` says what is wrong with it
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and not p.is_symlink())
+    return path.stat().st_size if path.is_file() else 0  # whatever reads it says what is wrong with it

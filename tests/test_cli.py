@@ -19,8 +19,8 @@ from deltackpt import delta, files
 from deltackpt.cli import cli
 
 COMMANDS = [
-    "completion", "demo", "diff", "forget", "fork", "gc", "info", "ls", "pin", "repair", "restore", "save",
-    "show", "stats", "verify",
+    "completion", "demo", "diff", "forget", "fork", "gc", "import", "info", "ls", "pin", "repair", "restore",
+    "save", "show", "stats", "verify",
 ]  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_help_fits_the_terminal(command, columns):
 
 def test_help_lists_the_commands_in_the_order_of_their_use():
     listed = re.findall(r"^  (\w+)  +\w", call("--help").output.partition("Commands:")[2], re.M)
-    assert listed[:3] == ["save", "restore", "ls"]
+    assert listed[:4] == ["save", "restore", "import", "ls"]
     assert sorted(listed) == COMMANDS
 
 
@@ -753,6 +753,23 @@ def test_a_series_with_a_pinned_step_is_refused_before_the_first_is_overwritten(
     assert done.exit_code == 2
     assert "run 'main' step 20 is pinned" in done.output
     assert same(delta.load(store, step=10), arrays(10))
+
+
+def test_a_folder_of_checkpoints_is_imported_and_restored_and_can_be_gone_on_with(tmp_path):
+    Path("runs").mkdir()
+    for step in (10, 20):
+        np.savez(f"runs/step_{step}.npz", **arrays(step))
+    dry = ok("-s", "new", "import", "runs", "--dry-run")
+    assert [one["step"] for one in dry["steps"]] == [10, 20]
+    assert not Path("new").exists()
+    assert ok("-s", "new", "import", "runs")["total"]["n_saved"] == 2
+    np.savez("runs/step_30.npz", **arrays(20))
+    assert call("-s", "new", "import", "runs").exit_code == 1
+    done = call("-s", "new", "import", "runs", "--skip-existing")
+    assert done.output.splitlines()[-1].startswith("1 step, 2 there already: ")
+    assert ok("-s", "new", "restore", "--step", "30", "-o", "back.npz")["file_size"] > 0
+    assert Path("back.npz").read_bytes() == Path("runs/step_30.npz").read_bytes()
+    assert call("-s", "new", "import", "nothing").exit_code == 3
 
 
 def test_a_name_with_a_new_line_makes_no_line_of_its_own(store):

@@ -1,4 +1,4 @@
-"""Which step a file is, by its name, and a series of files saved as steps."""
+"""Which step a file is, by its name; a series of files or directories, found, and saved as steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltackpt import delta, open_run, series
+from deltackpt import delta, load_files, open_run, series
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.series import steps_of
 
@@ -188,3 +188,91 @@ def test_a_series_that_breaks_off_leaves_the_steps_it_saved():
 def test_names_with_different_counts_of_numbers_are_not_compared():
     with pytest.raises(InvalidInputError, match="has no number that tells its step"):
         steps_of(["epoch=1-step=100-v1.pt", "epoch=1-step=100.pt"])
+
+
+# -- folders of checkpoints
+
+
+def names(*patterns: str) -> list[str]:
+    return [str(path) for path in series.find_checkpoints(patterns)]
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        (["step_10.pt", "step_9.pt", "log.txt", "config.json"], ["step_10.pt", "step_9.pt"]),
+        (["checkpoint-5/", "checkpoint-10/", "model.bin", "runs/"], ["checkpoint-10", "checkpoint-5"]),
+        (["global_step5/", "global_step10/", "latest", "zero_to_fp32.py"], ["global_step10", "global_step5"]),
+        (["epoch=0-step=9.ckpt", "epoch=1-step=18.ckpt", "last.ckpt"],
+         ["epoch=0-step=9.ckpt", "epoch=1-step=18.ckpt"]),
+        (["loss=0.25-step=1.pt", "loss=0.2-step=2.pt"], ["loss=0.2-step=2.pt", "loss=0.25-step=1.pt"]),
+        (["run-7.npz", "run-8.npz"], ["run-7.npz", "run-8.npz"]),
+        (["checkpoint_0/", "checkpoint_1/", "events.123/"], ["checkpoint_0", "checkpoint_1"]),
+        (["step_1.pt", ".step_2.pt", "_step_3.pt", "step_4.txt"], ["step_1.pt"]),
+    ],
+)  # fmt: skip
+def test_the_series_of_a_folder_is_found_among_other_files(there, found):
+    Path("f").mkdir()
+    for name in there:
+        (Path("f") / name).mkdir() if name.endswith("/") else (Path("f") / name).touch()
+    assert names("f") == [f"f/{name}" for name in found]
+
+
+def test_a_checkpoint_is_one_however_it_is_named_and_is_not_looked_into():
+    Path("out/checkpoint-7/global_step7").mkdir(parents=True)
+    Path("out/checkpoint-7/rng_state_0.pth").touch()
+    assert names("out/checkpoint-7") == names("out") == names("out/checkpoint-*") == ["out/checkpoint-7"]
+    assert names("c/step_2.npz") == ["c/step_2.npz"]
+
+
+def test_a_folder_of_no_series_or_of_several_is_refused_with_what_there_is():
+    Path("f").mkdir()
+    Path("f/model-00001-of-00002.safetensors").touch()
+    with pytest.raises(NotFoundError, match="f: holds no series of checkpoints"):
+        names("f")
+    for name in ("model_step_1.pt", "model_step_2.pt", "optimizer_step_1.pt"):
+        Path("f", name).touch()
+    with pytest.raises(
+        InvalidInputError, match=r"several series: f/model_step_\*.pt, f/optimizer_step_\*.pt"
+    ):
+        names("f")
+    assert names("f/model_step_*.pt") == ["f/model_step_1.pt", "f/model_step_2.pt"]
+
+
+def test_a_series_taken_over_as_files_comes_back_byte_for_byte_and_is_not_touched():
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("c").iterdir()}
+    done = save(as_files=True)
+    assert [one.step for one in done] == [2, 3, 10]
+    assert done[2].report.new_size < 3000  # w is as in step 3
+    for path, (content, time) in before.items():
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, time)
+        out = load_files("store", "out", step=steps_of([path])[path], overwrite=True)
+        assert (out.read_bytes(), out.stat().st_mtime_ns) == (content, time)
+
+
+def test_a_series_taken_over_goes_on_where_it_broke_off(monkeypatch):
+    real = series.Found
+
+    def broken(path: Path, step: int) -> object:
+        if step == 10:
+            raise KeyboardInterrupt
+        return real(path, step)
+
+    monkeypatch.setattr(series, "Found", broken)
+    with pytest.raises(KeyboardInterrupt):
+        save(as_files=True)
+    assert open_run("store").steps() == [2, 3]
+    monkeypatch.setattr(series, "Found", real)
+    assert [bool(one.report) for one in save(as_files=True, existing="skip")] == [False, False, True]
+
+
+def test_directories_and_files_may_stand_in_one_series():
+    Path("c/step_11").mkdir()
+    write("c/step_11/w.npz", 11)
+    done = list(series.save(steps_of(series.find(["c/*"])), "store"))
+    assert [one.step for one in done] == [2, 3, 10, 11]
+    assert done[3].file_size == Path("c/step_11/w.npz").stat().st_size
+    assert delta.load("store", step=10)["n"] == 10
+    assert (load_files("store", "out", step=11) / "w.npz").read_bytes() == Path(
+        "c/step_11/w.npz"
+    ).read_bytes()

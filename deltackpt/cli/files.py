@@ -1,4 +1,4 @@
-"""Commands between a store and the user's files: save, restore.
+"""Commands between a store and the user's files: save, restore, import.
 
 Owns   their options and what they print.
 Never  reads a checkpoint's bytes itself.
@@ -68,6 +68,10 @@ def save(
     saved in the order of their steps. The store is made if there is none. A torch file is read without
     executing what it holds.
 
+    A FILE may be a directory, as of DCP, DeepSpeed or a Trainer: its files are saved as they are, and
+    restore gives them back byte for byte. Of other FILEs it saves the state in them; import saves those as
+    they are too.
+
     Without --step the names tell which step each file is: the number after the word "step", if every name
     has one and they are not all the same; else the last number that is not the same in all names, counted
     from the end. A number is a run of digits without a decimal point; the 2-of-8 of a part is none. A
@@ -81,6 +85,7 @@ def save(
     Examples:
       deltackpt save model.safetensors --step 1000 --metric loss=2.31
       deltackpt save 'ckpt/step_*.pt'
+      deltackpt save out/checkpoint-500
       deltackpt save 'out/checkpoint-*/model.safetensors' --skip-existing
     """
     from deltackpt import series
@@ -120,7 +125,7 @@ def save(
         tell(str(total), None, False)
 
 
-@cli.command(short_help="Write one step to a file.")
+@cli.command(short_help="Write one step to a file, or as the files it was.")
 @step_option
 @run_option
 @click.option(
@@ -135,10 +140,10 @@ def save(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="File to write, the extension says which kind: .safetensors, .npz or .pt."
-    "  [default: RUN-step-N.safetensors here]",
+    help="What to write. Of a state, the extension says which kind: .safetensors, .npz or .pt."
+    "  [default: RUN-step-N.safetensors here; of files, as they were called]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @output_options
 @click.pass_obj
 def restore(
@@ -150,16 +155,20 @@ def restore(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write one step to a file, every byte checked.
+    """Write one step to a file, or as the files it was saved from, every byte checked.
 
-    The file appears whole or not at all: damage is an error (exit code 5) that names the tensor, and
+    It appears whole or not at all: damage is an error (exit code 5) that names the tensor, and
     --step latest-good passes over damaged steps. Values that are no tensors go into a .safetensors or .npz
     file as JSON beside the tensors; a .pt file holds the state as it was saved.
+
+    A step of files, as import makes them and save of a directory, comes back as these files, byte for byte,
+    with names, modes and times; with --keys, as a state of which those tensors are written to a file.
 
     \b
     Examples:
       deltackpt restore
       deltackpt restore --step 1000 --run ablation -o state.pt
+      deltackpt restore --step 500 -o out/checkpoint-500
       deltackpt restore --keys 'model.*' -o weights.npz
     """
     from deltackpt.export import export
@@ -168,3 +177,56 @@ def restore(
         done = export(opened, step, out, keys=keys or None, overwrite=overwrite, progress=told)
     shown = f"{done.path}: {run} step {done.step}, {human_size(done.file_size)}, {human_time(done.total_s)}"
     tell(shown, done.to_json(), as_json)
+
+
+@cli.command("import", short_help="Take over a folder of checkpoints.")
+@click.argument("path", type=click.Path(), nargs=-1, required=True)
+@run_option
+@click.option("--skip-existing", is_flag=True, help="Pass over the steps that are there already.")
+@click.option("--dry-run", is_flag=True, help="Say which step each checkpoint would be, and stop.")
+@output_options
+@click.pass_obj
+def import_(
+    store: Path, path: Sequence[str], run: str, skip_existing: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Save all checkpoints in the folder PATH as they are, in the order of their steps; change none.
+
+    What is a checkpoint, the names tell: files (.safetensors, .npz, .pt, .pth, .bin, .ckpt) and directories
+    whose names differ by their numbers alone, as step_*.pt, checkpoint-* and global_step* do. Where there are
+    several such series, those called steps, checkpoints, epochs or iterations are meant; if there are several
+    of these, it is an error that lists them. A PATH may also be one of the checkpoints, or a pattern in
+    quotes. Which step each is, is told as by save.
+
+    restore gives each back byte for byte: names, modes and times too. A series that breaks off leaves the
+    steps it saved; --skip-existing goes on from there. The last line says what it saves.
+
+    \b
+    Examples:
+      deltackpt import runs/exp1 --dry-run
+      deltackpt import runs/exp1 --run exp1 --skip-existing
+      deltackpt import 'out/checkpoint-*'
+    """
+    from deltackpt import series
+
+    steps = series.steps_of(series.find_checkpoints(path))
+    if dry_run:
+        lines = [f"{one}: {run} step {s}" for one, s in steps.items()]
+        told = [{"path": str(one), "step": s} for one, s in steps.items()]
+        answer("\n".join(lines), {"run": run, "dry_run": True, "steps": told}, as_json)
+        return
+    start, done = time.perf_counter(), []
+    with progress("importing") as told_progress:
+        for saved in series.save(
+            steps,
+            store,
+            run=run,
+            existing="skip" if skip_existing else "refuse",
+            as_files=True,
+            progress=told_progress,
+        ):
+            done.append(saved)
+            if not as_json:
+                tell(str(saved), None, False)
+    total = series.Total.of(done, round(time.perf_counter() - start, 6))
+    data = {"run": run, "steps": [one.to_json() for one in done], "total": total.to_json()}
+    tell(str(total), data, as_json)

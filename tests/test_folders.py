@@ -1,0 +1,626 @@
+"""Files and directories as steps: what comes back is what was there, to the byte, or nothing is."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import socket
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import environment
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deltackpt
+from deltackpt import delta, folders, load_files, open_run, save_files
+from deltackpt.backends.memory import MemoryBackend
+from deltackpt.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+    UnsupportedVersionError,
+)
+from deltackpt.folders import FolderSaver, Found
+from deltackpt.manifest import TensorRow
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
+
+
+def facts(root: Path) -> dict[str, tuple[object, ...]]:
+    """All that is to come back of a file or a directory, by path."""
+    found = {}
+    for path in [root, *sorted(root.rglob("*"))] if root.is_dir() else [root]:
+        of = path.lstat()
+        what: object = None
+        if stat.S_ISLNK(of.st_mode):
+            found[os.path.relpath(path, root)] = ("link", os.readlink(path))  # noqa: PTH115
+            continue
+        if path.is_file():
+            what = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[os.path.relpath(path, root)] = (stat.filemode(of.st_mode), of.st_mtime_ns, what)
+    return found
+
+
+def comes_back(path: Path, store: Any, tmp_path: Path, step: int = 1) -> deltackpt.SaveReport:
+    """Save a path, put it elsewhere and compare."""
+    before = facts(path)
+    report = save_files(path, store, step=step)
+    out = load_files(store, tmp_path / f"out{step}", step=step)
+    assert facts(out) == before == facts(path)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".deltackpt")]
+    return report
+
+
+def made(root: Path, tree: dict[str, Any]) -> Path:
+    """Make a directory: bytes are files, dicts directories, strings links."""
+    root.mkdir()
+    for name, what in tree.items():
+        if isinstance(what, dict):
+            made(root / name, what)
+        elif isinstance(what, str):
+            (root / name).symlink_to(what)
+        else:
+            (root / name).write_bytes(what)
+            os.utime(root / name, ns=(0, 1_600_000_000_123_456_789))
+    return root
+
+
+# -- what comes back
+
+
+def npz(seed: int = 0, save: Any = np.savez) -> bytes:
+    rng = np.random.default_rng(seed)
+    save(file := io.BytesIO(), w=rng.standard_normal((50, 40)).astype(np.float32), n=rng.integers(0, 9, 99))
+    return file.getvalue()
+
+
+TREE: dict[str, Any] = {
+    "config.json": b'{"a": 1}',
+    "empty": b"",
+    "large.bin": bytes(range(256)) * 6000,
+    "w.npz": npz(),
+    "packed.npz": npz(save=np.savez_compressed),
+    "no_tensors.pt": b"PK\x03\x04 not",
+    "deep": {"er": {"w.npz": npz(1), "up": "../../config.json", "here": "w.npz"}, "none": {}},
+    "link": "deep/er",
+    "dangling": "nowhere",
+    "ünï cödé\n": b"x",
+}
+
+
+def test_a_directory_comes_back_with_names_modes_times_and_links(tmp_path):
+    root = made(tmp_path / "checkpoint-7", TREE)
+    (root / "config.json").chmod(0o640)
+    (root / "large.bin").chmod(0o444)
+    (root / "deep" / "er").chmod(0o500)
+    (root / os.fsdecode(b"\xff\xfe.bin")).write_bytes(b"no text")
+    for path in (root / "deep" / "er", root / "deep", root):
+        os.utime(path, ns=(0, 1_500_000_000_987_654_321))
+    try:
+        comes_back(root, MemoryBackend(), tmp_path)
+    finally:
+        for path in (root, tmp_path / "out1"):
+            (path / "deep" / "er").chmod(0o700)
+
+
+def test_a_file_comes_back_as_a_file_under_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "step_7.npz"
+    path.write_bytes(npz())
+    path.chmod(0o604)
+    comes_back(path, tmp_path / "store", tmp_path)
+    monkeypatch.chdir(made(tmp_path / "there", {}))
+    assert load_files(tmp_path / "store") == Path("step_7.npz")
+    assert facts(Path("step_7.npz")) == facts(path)
+
+
+@needs_torch
+def test_checkpoints_of_torch_safetensors_and_dcp_come_back_by_sha256(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    import torch.distributed.checkpoint as dcp
+
+    root = made(tmp_path / "all", {"global_step7": {}})
+    state = {
+        "w": torch.randn(300, 70), "h": torch.randn(999).bfloat16(),
+        "f8": torch.ones(500).to(torch.float8_e5m2),
+    }  # fmt: skip
+    torch.save({"model": state, "step": 7, "rng": torch.get_rng_state()}, root / "state.pt")
+    torch.save(state, root / "legacy.bin", _use_new_zipfile_serialization=False)
+    torch.save(state, root / "global_step7" / "mp_rank_00_model_states.pt")
+    safetensors.save_file(state, root / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": state, "step": 7}, checkpoint_id=root / "dcp", no_dist=True)
+    store = MemoryBackend()
+    first = comes_back(root, store, tmp_path)
+    # The same tensors are in five files; they are stored once, but for the old format's.
+    assert first.new_size < 2.2 * sum(t.nbytes for t in state.values()) + 20_000
+    names = [row.name for row in open_run(store).manifest().tensors]
+    for name in (
+        "files.state.pt.model.w", "files.global_step7/mp_rank_00_model_states.pt.w",
+        "files.model.safetensors.h", "files.dcp/__0_0.distcp.2.value",
+    ):  # fmt: skip
+        assert name in names, names
+
+
+NAMES = st.text("abc.-_ \n\té\udc80", min_size=1, max_size=8).filter(lambda n: n not in (".", ".."))
+KNOWN = [npz(), npz(1), npz(save=np.savez_compressed), b"PK\x03\x04"]
+#: Bytes, or some behind what is known.
+CONTENT = st.binary(max_size=3000) | st.tuples(st.integers(0, len(KNOWN) - 1), st.binary(max_size=40))
+FOLDERS = st.recursive(
+    st.dictionaries(NAMES, CONTENT, max_size=4),
+    lambda inner: st.dictionaries(NAMES, inner | CONTENT, max_size=3),
+)
+
+
+def spelled(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: spelled(what)
+        if isinstance(what, dict)
+        else KNOWN[what[0]] + what[1]
+        if isinstance(what, tuple)
+        else what
+        for name, what in tree.items()
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(FOLDERS, FOLDERS)
+def test_any_two_directories_come_back_one_behind_the_other(tmp_path_factory, first, second):
+    here = tmp_path_factory.mktemp("any")
+    store = MemoryBackend()
+    with open_run(store) as run:
+        saver = FolderSaver(run)
+        for step, tree in enumerate((first, second), 1):
+            root = made(here / f"checkpoint-{step}", spelled(tree))
+            before = facts(root)
+            saver.save(Found(root, step))
+            assert facts(root) == before
+        for step in (1, 2):
+            out = load_files(store, here / "out" if step == 1 else here / "again", step=step)
+            assert facts(out) == facts(here / f"checkpoint-{step}")
+
+
+def test_what_is_loaded_is_the_plain_state(tmp_path):
+    root = made(tmp_path / "c", {"w.npz": npz(), "small": b"x", "large": bytes(5000)})
+    store = MemoryBackend()
+    save_files(root, store, step=1)
+    found = delta.load(store)
+    with np.load(root / "w.npz") as arrays:
+        assert found["files"]["w.npz"]["w"].tobytes() == arrays["w"].tobytes()
+    assert found["files"]["small"] == b"x"
+    assert found["files"]["large"].tobytes() == bytes(5000)
+    assert [entry["path"] for entry in found["entries"]] == ["", "large", "small", "w.npz"]
+
+
+# -- what it takes
+
+
+def trained(n_steps: int) -> Any:
+    """The states of a real training, each a few optimizer steps behind the one before."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(500, 64), torch.nn.Linear(64, 256), torch.nn.Linear(256, 500)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(n_steps):
+        for _ in range(2):
+            loss = torch.nn.functional.cross_entropy(model(torch.arange(64)), torch.arange(64))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        yield step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+
+
+@needs_torch
+def test_a_series_of_pt_files_takes_what_saving_the_states_takes_within_two_percent(tmp_path):
+    states, files = MemoryBackend(), MemoryBackend()
+    by_api = by_file = 0
+    with open_run(states, optimize="bytes") as run, open_run(files) as beside:
+        saver = FolderSaver(beside)
+        for step, state in trained(6):
+            path = tmp_path / f"step_{step}.pt"
+            torch.save(state, path)
+            by_api += run.save(state, step=step).written_size
+            by_file += saver.save(Found(path, step)).written_size
+    assert by_file <= 1.02 * by_api
+    assert by_api <= 1.02 * by_file
+    for step in range(6):
+        out = load_files(files, tmp_path / "out", step=step, overwrite=True)
+        assert out.read_bytes() == (tmp_path / f"step_{step}.pt").read_bytes()
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["global_step{}/state.pt", "state.pt", "epoch={}-step={}.ckpt"])
+def test_the_next_step_finds_what_it_differs_from_whatever_number_is_in_its_path(tmp_path, name):
+    store = MemoryBackend()
+    sizes = []
+    for step, state in trained(3):
+        path = made(tmp_path / f"checkpoint-{step}", {}) / name.format(step, step)
+        path.parent.mkdir(exist_ok=True)
+        torch.save(state, path)
+        sizes.append(comes_back(path.parents[len(name.split("/")) - 1], store, tmp_path, step))
+    floats = [group for group in sizes[2].groups if group.dtype == "float32"]
+    assert all(group.based_size == group.changed_size > 0 for group in floats), sizes[2].table()
+
+
+def test_what_did_not_change_is_not_stored_again(tmp_path):
+    store = MemoryBackend()
+    made(tmp_path / "a", TREE)
+    made(tmp_path / "b", {**TREE, "config.json": b'{"a": 2}'})
+    save_files(tmp_path / "a", store, step=1)
+    assert save_files(tmp_path / "b", store, step=2).new_size == 0
+
+
+# -- what is refused
+
+
+def test_what_is_neither_file_nor_directory_is_refused_and_not_waited_for(tmp_path):
+    root = made(tmp_path / "c", {"a": b"x"})
+    os.mkfifo(root / "pipe")
+    with pytest.raises(InvalidInputError, match="pipe: is neither a file nor a directory"):
+        save_files(root, tmp_path / "store", step=1)
+    (root / "pipe").unlink()
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(root / "socket"))
+        with pytest.raises(InvalidInputError, match="socket: is neither"):
+            save_files(root, tmp_path / "store", step=1)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "..", "../x", "deep/../../x", "deep/../a", "deep/er/../../../x"]
+)
+def test_a_link_that_leads_out_is_refused(tmp_path, target):
+    root = made(tmp_path / "c", {"deep": {"er": {}}, "bad": target})
+    with pytest.raises(InvalidInputError, match=r"bad: is a link to .*, which leads out"):
+        save_files(root, MemoryBackend(), step=1)
+
+
+def test_what_is_not_there_is_not_found_and_no_store_is_made(tmp_path):
+    with pytest.raises(NotFoundError, match="nothing: no such file or directory"):
+        save_files(tmp_path / "nothing", tmp_path / "store", step=1)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_cannot_be_read_is_a_storage_error_that_names_it(tmp_path):
+    root = made(tmp_path / "c", {"secret": b"x"})
+    (root / "secret").chmod(0)
+    with pytest.raises(StorageError, match="secret: Permission denied"):
+        save_files(root, MemoryBackend(), step=1)
+
+
+def change(root: Path, how: str) -> None:
+    path = root / "w.npz"
+    if how == "written":
+        with path.open("r+b") as file:
+            file.write(b"X")
+    elif how == "grown":
+        with path.open("ab") as file:
+            file.write(b"X")
+    elif how == "replaced":
+        (root / "new").write_bytes(path.read_bytes())
+        (root / "new").rename(path)
+    elif how == "gone":
+        path.unlink()
+    else:
+        (root / "another").write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["written", "grown", "replaced", "gone", "another"])
+@pytest.mark.parametrize("has_one", [False, True])
+def test_what_changes_while_it_is_read_is_refused_and_nothing_is_saved_or_lost(tmp_path, how, has_one):
+    root = made(tmp_path / "c", {"w.npz": npz()})
+    store = MemoryBackend()
+    with open_run(store) as run:
+        saver = FolderSaver(run)
+        if has_one:
+            saver.save(Found(root, 1))
+        before = facts(root)
+        found = Found(root, 1)
+        change(root, how)
+        with pytest.raises(ConflictError, match="changed while it was read; nothing is saved"):
+            saver.save(found, overwrite=has_one)
+        assert run.steps() == [1] * has_one
+        if has_one:
+            assert facts(load_files(store, tmp_path / "out")) == before
+        saver.save(Found(root, 1), overwrite=has_one)  # and it goes on
+
+
+def test_a_target_that_is_there_is_replaced_only_when_told(tmp_path):
+    root = made(tmp_path / "c", TREE)
+    store = MemoryBackend()
+    save_files(root, store, step=1)
+    for there in ("directory", "file", "link"):
+        out = tmp_path / there
+        if there == "directory":
+            made(out, {"old": b"x"})
+        elif there == "file":
+            out.write_bytes(b"x")
+        else:
+            out.symlink_to("c")
+        with pytest.raises(AlreadyExistsError, match="is there already"):
+            load_files(store, out)
+        load_files(store, out, overwrite=True)
+        assert not out.is_symlink()
+        assert facts(out) == facts(root)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "directory", "file", "link"]
+    with pytest.raises(NotFoundError, match="no such directory"):
+        load_files(store, tmp_path / "none" / "out")
+
+
+def test_a_state_is_no_files_and_says_so(tmp_path):
+    store = MemoryBackend()
+    delta.save({"w": np.ones(3)}, store, step=1)
+    with pytest.raises(InvalidInputError, match="run 'main' step 1: holds a state and no files"):
+        load_files(store, tmp_path / "out")
+    assert not folders.is_as_saved(open_run(store), 1, made(tmp_path / "c", {}))
+
+
+# -- what hostile stores say
+
+FILE = {"path": "f", "kind": "file", "mode": 0o644, "mtime_ns": 0, "key": "f", "gaps": []}
+FILE["blake3"] = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"  # of nothing
+ROOT = {"path": "", "kind": "directory", "mode": 0o755, "mtime_ns": 0}
+
+
+def hostile(*entries: Any, files: Any = None, **other: Any) -> dict[str, Any]:
+    files = {"f": b""} if files is None else files
+    return {folders.MARK: 1, "name": "c", "entries": list(entries), "files": files, **other}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *(
+            hostile(ROOT, {**FILE, "path": path})
+            for path in (
+                "../f",
+                "/f",
+                "a/../f",
+                ".",
+                "..",
+                "a//f",
+                "./f",
+                "f/",
+                "d/f",
+                "f\0",
+                7,
+                None,
+                "\ud800",
+            )
+        ),
+        hostile(ROOT, FILE, FILE),
+        hostile(ROOT, FILE, {**FILE, "path": "f/g"}),
+        hostile(FILE, ROOT),
+        hostile(ROOT, ROOT),
+        hostile(),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": "/tmp"}),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": "../x"}),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": "f/../../x"}),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": ""}),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": "a\0"}),
+        hostile(ROOT, {"path": "l", "kind": "link", "target": "f"}, {**FILE, "path": "l/f"}),
+        hostile({"path": "", "kind": "link", "target": "x"}),
+        hostile(ROOT, {**FILE, "kind": "socket"}),
+        hostile(ROOT, {**FILE, "key": "g"}),
+        hostile(ROOT, {**FILE, "mode": "rwx"}),
+        hostile(ROOT, {**FILE, "mtime_ns": 1 << 80}),
+        hostile(ROOT, {**FILE, "gaps": [1]}, files={"f": {"rest": b"a", "w": np.ones(3)}}),
+        hostile(ROOT, {**FILE, "gaps": [-1, 2]}, files={"f": {"rest": b"a", "w": np.ones(3)}}),
+        hostile(ROOT, {**FILE, "gaps": [1, 1]}, files={"f": {"rest": b"a", "w": np.ones(3)}}),
+        hostile(ROOT, {**FILE, "gaps": None}),
+        hostile(ROOT, FILE, files={"f": 7}),
+        hostile(ROOT, FILE, files={"f": {"rest": 7, "w": b""}}),
+        hostile(ROOT, FILE, files={"f": np.ones((4, 4)).T}),
+        hostile(ROOT, FILE, files={"f": "text" * 5000}),
+        hostile(ROOT, FILE, files={"f": b"another"}),
+        hostile(ROOT, {**FILE, "blake3": None}),
+        hostile(ROOT, FILE, name="../c"),
+        hostile(ROOT, FILE, name=7),
+        hostile(ROOT, FILE, entries=7),
+        hostile(ROOT, FILE, files=7),
+        hostile(7, FILE),
+    ],
+)
+def test_what_a_hostile_store_says_of_files_is_refused_and_leaves_nothing(tmp_path, state, monkeypatch):
+    store = MemoryBackend()
+    delta.save(state, store, step=1)
+    monkeypatch.chdir(made(tmp_path / "here", {}))
+    for out in (Path("out"), None):
+        with pytest.raises(CorruptError):
+            load_files(store, out)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["here"]
+
+
+def test_a_file_of_more_bytes_than_can_be_asked_for_is_refused():
+    row = TensorRow("w", "uint8", (1 << 62,), "numpy", 1 << 62, 0, bytes(32), bytes(16))
+    with pytest.raises(CorruptError, match="at most"):
+        folders._checked_entry({**FILE, "gaps": [0, 0, 0]}, {"f": {"rest": b"", "a": row, "b": row}})
+
+
+def test_a_strangers_set_uid_is_not_put_back(tmp_path):
+    store = MemoryBackend()
+    delta.save(hostile(ROOT, {**FILE, "mode": 0o106755}), store, step=1)
+    assert stat.S_IMODE((load_files(store, tmp_path / "out") / "f").stat().st_mode) == 0o755
+
+
+def test_files_written_down_by_a_later_version_say_so(tmp_path):
+    store = MemoryBackend()
+    delta.save({folders.MARK: 2}, store, step=1)
+    with pytest.raises(UnsupportedVersionError, match="version 2, expected 1"):
+        load_files(store, tmp_path / "out")
+
+
+def test_an_error_in_the_middle_leaves_the_old_directory_and_nothing_else(tmp_path, monkeypatch):
+    root = made(tmp_path / "c", TREE)
+    store = MemoryBackend()
+    save_files(root, store, step=1)
+    made(tmp_path / "out", {"old": b"x"})
+    before = facts(tmp_path / "out")
+    real, n = folders._write_file, []
+
+    def failing(path: Path, *args: Any) -> None:
+        n.append(path)
+        if len(n) == 4:
+            raise OSError(28, "No space left on device")
+        real(path, *args)
+
+    monkeypatch.setattr(folders, "_write_file", failing)
+    with pytest.raises(StorageError, match="No space left") as e:
+        load_files(store, tmp_path / "out", overwrite=True)
+    assert e.value.is_full
+    assert facts(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "out"]
+
+
+def test_every_cut_of_putting_in_place_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """A kill between any two renames leaves both whole, one of them under a hidden name."""
+    store = MemoryBackend()
+    save_files(made(tmp_path / "c", TREE), store, step=1)
+    old, new = facts(made(tmp_path / "out", {"old": b"x"})), facts(tmp_path / "c")
+    real = Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    n_renamed = 0
+
+    def rename(path: Path, target: Path) -> Path:
+        nonlocal n_renamed
+        n_renamed += 1
+        if n_renamed == 2:
+            raise Killed
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        load_files(store, tmp_path / "out", overwrite=True)
+    assert facts(tmp_path / "out") == old
+    load_files(store, tmp_path / "out", overwrite=True)
+    assert facts(tmp_path / "out") == new
+
+
+# -- as commands
+
+
+def test_the_commands_save_show_compare_and_restore_directories(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from deltackpt.cli import cli
+
+    monkeypatch.chdir(tmp_path)
+    for step in (10, 20):
+        made(
+            tmp_path / f"checkpoint-{step}",
+            {"w.npz": npz(step), "config.json": b"{}", "state.json": b"%d" % step},
+        )
+
+    def ok(*args: str) -> str:
+        done = CliRunner().invoke(cli, args)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "checkpoint-10: main step 10: " in ok("save", "checkpoint-*")
+    assert "files.w.npz.w" in ok("show")
+    assert "changed  files.w.npz.w" in ok("diff", "10", "20")
+    assert "main" in ok("ls")
+    ok("restore", "--step", "10", "-o", "back")
+    assert facts(Path("back")) == facts(Path("checkpoint-10"))
+    ok("restore", "--keys", "files.w.npz.w", "-o", "w.npz")
+    with np.load("w.npz") as some, np.load("checkpoint-20/w.npz") as whole:
+        assert some["files.w.npz.w"].tobytes() == whole["w"].tobytes()
+    refused = CliRunner().invoke(cli, ["restore", "--step", "20"])
+    assert refused.exit_code == 1
+    assert "checkpoint-20: is there already" in refused.output
+    ok("restore", "--step", "20", "--overwrite")
+
+
+# -- what is as it was saved, and memory
+
+
+def test_a_directory_is_as_saved_until_something_in_it_changes(tmp_path):
+    store = MemoryBackend()
+    root = made(tmp_path / "c", TREE)
+    save_files(root, store, step=1)
+    with open_run(store) as run:
+        for by_content in (False, True):
+            assert folders.is_as_saved(run, 1, root, by_content=by_content)
+            for change in ({"more": b""}, {"link": "deep"}, {"empty": {}}, {"empty": b"x"}):
+                other = made(tmp_path / "other", {**TREE, **change})
+                assert not folders.is_as_saved(run, 1, other, by_content=by_content)
+                folders.remove(other)
+            assert not folders.is_as_saved(run, 1, tmp_path / "none", by_content=by_content)
+        of = (root / "large.bin").stat()
+        (root / "large.bin").write_bytes(bytes(of.st_size))
+        assert not folders.is_as_saved(run, 1, root)
+        os.utime(root / "large.bin", ns=(of.st_atime_ns, of.st_mtime_ns))
+        assert folders.is_as_saved(run, 1, root)  # it looks at the time alone
+        assert not folders.is_as_saved(run, 1, root, by_content=True)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_by_the_name_and_is_made_up_for(tmp_path, monkeypatch):
+    root = made(tmp_path / "c", TREE)
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "_remove", lambda path: None)
+        folders.remove(root)
+    assert not root.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    folders.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+#: Saves and restores a directory; the memory of its own that it takes for that, in bytes.
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+import deltackpt
+
+def own():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+def watched():
+    while True:
+        most[0] = max(most[0], own())
+        time.sleep(0.002)
+
+here = Path(sys.argv[1])
+deltackpt.save_files(__import__("os").__file__, here / "warm", step=1)
+before = own()
+most = [before]
+threading.Thread(target=watched, daemon=True).start()
+deltackpt.save_files(here / "c", here / "store", step=1)
+deltackpt.load_files(here / "store", here / "out")
+print(most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc says nothing of memory here")
+def test_a_directory_larger_than_the_memory_is_saved_and_restored(tmp_path):
+    random = np.random.default_rng(0)
+    root = made(tmp_path / "c", {"blob": random.bytes(96 << 20)})
+    np.savez(root / "w.npz", w=random.standard_normal(24 << 20, np.float32))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 << 20  # of 192 MiB
+    assert facts(tmp_path / "out") == facts(root)

@@ -413,6 +413,11 @@ def test_a_number_that_a_jitted_step_has_made_an_array_is_either():
     save(array, store, step=2)
     found = restore(store, {"step": 5, "x": 7.0, "y": True}, step=2)
     assert found == {"step": 0, "x": float(np.float32(0.1)), "y": False}
+    everywhere = NamedSharding(mesh_of(), P())
+    for dtype in (jnp.int32, jnp.uint8):  # not weak, as a TrainState's may be that is placed on a mesh
+        like = jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+        expected = jax.device_put(dtype(0), everywhere)
+        assert_same(restore(store, {"step": like}, step=1, strict=False)["step"], expected)
     with pytest.raises(InvalidInputError, match=r"\['step'\]: found int32 \(\), expected a str"):
         restore(store, {**array, "step": "0"}, step=2)
     with pytest.raises(InvalidInputError, match=r"\['x'\]: found float32 \(\), expected a int"):

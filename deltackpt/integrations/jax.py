@@ -419,7 +419,7 @@ def _sharded(
         devices.setdefault(_box(index, shape), []).append(device)
     placed = []
     for read, boxes in _reads(list(devices), shape):
-        part = arrays.as_numpy(found[_slices(read)])
+        part = arrays.as_numpy(found[_slices(read) or ...])  # NumPy's [()] is no array
         for box in boxes:
             one = np.asarray(part[_slices(_inside(box, read))], order="C")
             for device in devices[box]:

@@ -98,18 +98,14 @@ def as_state(pytree: PyTree) -> State:
     Raises
     ------
     InvalidInputError
-        If an array was donated or is traced, two leaves have the same path, or there are several processes.
+        If an array was donated or is traced, or this process has not all of it, or two leaves have the same
+        path.
 
     Examples
     --------
     >>> as_state({"layers": [{"w": jnp.zeros(2)}], "lr": 0.1})
     {'layers': {0: {'w': array([0., 0.], dtype=float32)}}, 'lr': 0.1}
     """
-    if jax.process_count() > 1:
-        raise InvalidInputError(
-            f"save: found {jax.process_count()} processes, and each has a part of the arrays",
-            hint="have all call jax.experimental.multihost_utils.process_allgather, and one save that",
-        )
     found = _leaves(pytree)
     for path, leaf in found.items():
         _check_here(leaf, path)
@@ -269,6 +265,15 @@ def _check_here(leaf: Any, path: Path) -> None:
             f"{_spelled(path)}: was donated or deleted",
             hint="save what the step has returned, not what it was given",
         )
+    if isinstance(leaf, jax.Array) and not _is_all_here(leaf):
+        raise InvalidInputError(
+            f"{_spelled(path)}: other processes have parts of it",
+            hint="have all call jax.experimental.multihost_utils.process_allgather, and one save that",
+        )
+
+
+def _is_all_here(x: jax.Array) -> bool:
+    return x.is_fully_addressable or (x.is_fully_replicated and bool(x.addressable_shards))
 
 
 def _is_random_key(leaf: Any) -> bool:
@@ -306,6 +311,7 @@ def _plain(leaf: Any, path: Path) -> State:
         return _fetched(data)
 
     def together() -> U8:
+        _check_here(leaf, path)  # it may have been donated since
         array, data = arrays.allocate(dtype, leaf.shape, "numpy")
         for box, shard in shards.items():
             array[_slices(box)] = _fetched(shard)

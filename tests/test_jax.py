@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -471,6 +473,42 @@ def test_classes_that_jax_knows_by_position_or_not_by_name():
 
 
 # -- what is refused
+
+
+@dataclass
+class Unknown:
+    x: object
+
+
+def test_a_container_that_jax_does_not_know_is_refused_there_and_back():
+    store = MemoryBackend()
+    for leaf in Unknown(np.zeros(2)), Counter("ab"):
+        with pytest.raises(InvalidInputError, match=rf"\['c'\]: found a {type(leaf).__name__}, a container"):
+            save({"c": leaf}, store, step=1)
+    deltackpt.save({"c": Unknown(np.zeros(2)), "l": [np.zeros(2)]}, store, step=1)
+    with pytest.raises(InvalidInputError) as caught:
+        restore(store, {"c": Unknown(0), "l": 0.5})
+    assert caught.value.message.split("\n  ")[1:] == [
+        "pytree['c']: found a Unknown, expected no container",
+        "pytree['l']: found a list, expected no container",
+    ]
+
+
+def test_a_sharding_that_does_not_fit_is_told_with_all_else_before_anything_is_read(monkeypatch):
+    store = MemoryBackend()
+    save({"x": jnp.ones(3), "z": jnp.ones(4)}, store, step=1)
+    monkeypatch.setattr(integration, "_restored", None)
+    like = {
+        name: jax.ShapeDtypeStruct((n,), jnp.float32, sharding=NamedSharding(mesh_of(), spec))
+        for name, n, spec in (("x", 3, P("d")), ("y", 4, P()), ("z", 4, P("d")))
+    }
+    with pytest.raises(InvalidInputError) as caught:
+        restore(store, like)
+    told = caught.value.message.split("\n  ")[1:]
+    assert [line.partition(": Sharding")[0] for line in told] == [
+        "pytree['x']: cannot be cut so",
+        "pytree['y']: is not in the step",
+    ]
 
 
 def test_all_that_does_not_fit_is_told_at_once_and_nothing_is_read(monkeypatch):

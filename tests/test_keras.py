@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,27 @@ def test_a_save_that_fails_ends_the_training_with_its_error(background):
         fitted(small(), Breaks(), checkpoint, epochs=4)
     store.is_broken = False
     assert open_run(store).steps() == [5]
+
+
+def test_the_save_under_way_of_interrupted_training_is_what_is_restored(monkeypatch):
+    class Slow(MemoryBackend):
+        has_asked = threading.Event()
+
+        def create_once(self, name, data, **options):
+            if name.startswith("refs/"):
+                self.has_asked.wait(30)
+            return super().create_once(name, data, **options)
+
+    checkpoint = DeltaCheckpoint(Slow(), background=True)
+    interrupt = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: 1 // (1 - epoch))
+    with pytest.raises(ZeroDivisionError):
+        fitted(small(), checkpoint, interrupt, epochs=2)
+    close = checkpoint.run.close
+    monkeypatch.setattr(checkpoint.run, "close", lambda: (Slow.has_asked.set(), close()))
+    model = small()
+    assert checkpoint.restore(model) == 1
+    fitted(model, checkpoint, epochs=2, initial_epoch=1)
+    assert checkpoint.run.steps() == [5, 10]
 
 
 # -- what is restored

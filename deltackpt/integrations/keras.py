@@ -123,7 +123,10 @@ class DeltaCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
             and nothing is changed.
         CorruptError
             If something of the step cannot be given back.
+        DeltackptError
+            What made a save in the background fail, if nobody was told yet.
         """
+        self.run.close()  # of training that was interrupted a save may be under way: it is the latest
         if step == "latest" and self.run.latest() is None:
             return 0
         commit = self.run.commit(step)

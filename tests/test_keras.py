@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,23 @@ def test_training_anew_into_a_run_that_has_steps_is_refused(tmp_path):
     assert checkpoint.run.steps() == [5, 10, 15]
 
 
+def test_older_steps_are_gone_on_with_once_those_after_are_forgotten(tmp_path, straight):
+    losses, _ = straight
+    trained(fresh(), 3, DeltaCheckpoint(tmp_path))
+    model, checkpoint = fresh(), DeltaCheckpoint(tmp_path)
+    first, begun = checkpoint.restore(model, step=5), []
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: begun.append(epoch))
+    with pytest.raises(AlreadyExistsError, match=r"has step 15 already.*from 5 batches"):
+        trained(model, 3, note, checkpoint, first=first)
+    with pytest.raises(AlreadyExistsError, match=r"from 0 batches"):  # though 4 is free
+        small().fit(*data(), batch_size=10, verbose=0, callbacks=[note, DeltaCheckpoint(tmp_path)])
+    assert (begun, checkpoint.run.steps()) == ([], [5, 10, 15])  # no epoch was trained in vain
+    checkpoint.run.forget([10, 15])
+    rest = trained(model, 2, checkpoint, first=first)
+    assert rest == {1: losses[1]}
+    assert checkpoint.run.steps() == [5, 10]
+
+
 def test_what_is_frozen_costs_nothing(tmp_path):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(2000, trainable=False), layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -245,6 +263,27 @@ def test_a_save_that_fails_ends_the_training_with_its_error(background):
         fitted(small(), Breaks(), checkpoint, epochs=4)
     store.is_broken = False
     assert open_run(store).steps() == [5]
+
+
+def test_the_save_under_way_of_interrupted_training_is_what_is_restored(monkeypatch):
+    class Slow(MemoryBackend):
+        has_asked = threading.Event()
+
+        def create_once(self, name, data, **options):
+            if name.startswith("refs/"):
+                self.has_asked.wait(30)
+            return super().create_once(name, data, **options)
+
+    checkpoint = DeltaCheckpoint(Slow(), background=True)
+    interrupt = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: 1 // (1 - epoch))
+    with pytest.raises(ZeroDivisionError):
+        fitted(small(), checkpoint, interrupt, epochs=2)
+    close = checkpoint.run.close
+    monkeypatch.setattr(checkpoint.run, "close", lambda: (Slow.has_asked.set(), close()))
+    model = small()
+    assert checkpoint.restore(model) == 1
+    fitted(model, checkpoint, epochs=2, initial_epoch=1)
+    assert checkpoint.run.steps() == [5, 10]
 
 
 # -- what is restored
@@ -389,7 +428,7 @@ def test_a_step_that_says_impossible_things_is_refused(key, value, error):
 def test_random_states_that_are_none_are_refused_before_training(value):
     store = MemoryBackend()
     fitted(small(), DeltaCheckpoint(store))
-    deltackpt.save({**deltackpt.load(store), "random": value}, store, step=9)
+    deltackpt.save({**deltackpt.load(store), "random": value}, store, step=5, overwrite=True)
     model, checkpoint = small(), DeltaCheckpoint(store)
     if value is None:
         with pytest.raises(CorruptError, match="random"):

@@ -12,6 +12,7 @@ An array that is cut over several devices is one array there too: it is the same
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -98,18 +99,14 @@ def as_state(pytree: PyTree) -> State:
     Raises
     ------
     InvalidInputError
-        If an array was donated or is traced, two leaves have the same path, or there are several processes.
+        If an array was donated or is traced, or this process has not all of it; if two leaves have the same
+        path; if a leaf is a container that JAX does not know as one.
 
     Examples
     --------
     >>> as_state({"layers": [{"w": jnp.zeros(2)}], "lr": 0.1})
     {'layers': {0: {'w': array([0., 0.], dtype=float32)}}, 'lr': 0.1}
     """
-    if jax.process_count() > 1:
-        raise InvalidInputError(
-            f"save: found {jax.process_count()} processes, and each has a part of the arrays",
-            hint="have all call jax.experimental.multihost_utils.process_allgather, and one save that",
-        )
     found = _leaves(pytree)
     for path, leaf in found.items():
         _check_here(leaf, path)
@@ -269,6 +266,25 @@ def _check_here(leaf: Any, path: Path) -> None:
             f"{_spelled(path)}: was donated or deleted",
             hint="save what the step has returned, not what it was given",
         )
+    if isinstance(leaf, jax.Array) and not _is_all_here(leaf):
+        raise InvalidInputError(
+            f"{_spelled(path)}: other processes have parts of it",
+            hint="have all call jax.experimental.multihost_utils.process_allgather, and one save that",
+        )
+    if _is_container(leaf):
+        raise InvalidInputError(
+            f"{_spelled(path)}: found a {type(leaf).__name__}, a container that JAX takes for a leaf",
+            hint="jax.tree_util.register_dataclass, or the like; or pass what is in it as a dict",
+        )
+
+
+def _is_container(x: Any) -> bool:
+    """Whether a step has what is in `x` one by one."""
+    return isinstance(x, dict | list | tuple) or dataclasses.is_dataclass(x)
+
+
+def _is_all_here(x: jax.Array) -> bool:
+    return x.is_fully_addressable or (x.is_fully_replicated and bool(x.addressable_shards))
 
 
 def _is_random_key(leaf: Any) -> bool:
@@ -306,6 +322,7 @@ def _plain(leaf: Any, path: Path) -> State:
         return _fetched(data)
 
     def together() -> U8:
+        _check_here(leaf, path)  # it may have been donated since
         array, data = arrays.allocate(dtype, leaf.shape, "numpy")
         for box, shard in shards.items():
             array[_slices(box)] = _fetched(shard)
@@ -330,14 +347,21 @@ def _misfit(found: Any, leaf: Any) -> str | None:
     if found is _MISSING or isinstance(found, dict):
         return "is not in the step"
     if not _is_array(leaf):
+        if _is_container(found):
+            return f"found a {type(found).__name__}, expected no container"
         if not isinstance(found, LazyArray):
             return None
         is_number = found.shape == () and _is_of(dtypes.numpy_dtype(found.dtype), type(leaf))
         return None if is_number else f"found {found.dtype} {found.shape}, expected a {type(leaf).__name__}"
-    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-    if isinstance(mesh, jax.sharding.AbstractMesh):
-        return "its sharding is over an AbstractMesh, expected a Mesh: one of devices"
     shape, dtype = _shape_of(leaf)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        return "its sharding is over an AbstractMesh, expected a Mesh: one of devices"
+    try:
+        if sharding is not None:
+            sharding.shard_shape(shape)
+    except ValueError as error:
+        return f"cannot be cut so: {error}"
     wanted = f"{dtypes.name_of(dtype)} {shape}"
     if isinstance(found, LazyArray):
         there = f"{found.dtype} {found.shape}"
@@ -419,7 +443,7 @@ def _sharded(
         devices.setdefault(_box(index, shape), []).append(device)
     placed = []
     for read, boxes in _reads(list(devices), shape):
-        part = arrays.as_numpy(found[_slices(read)])
+        part = arrays.as_numpy(found[_slices(read) or ...])  # NumPy's [()] is no array
         for box in boxes:
             one = np.asarray(part[_slices(_inside(box, read))], order="C")
             for device in devices[box]:

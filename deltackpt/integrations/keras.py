@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from deltackpt import arrays
-from deltackpt.errors import CorruptError, InvalidInputError
+from deltackpt.errors import AlreadyExistsError, CorruptError, InvalidInputError
 from deltackpt.loader import LazyArray
 from deltackpt.retention import Rule
 from deltackpt.run import open_run
@@ -123,7 +123,10 @@ class DeltaCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
             and nothing is changed.
         CorruptError
             If something of the step cannot be given back.
+        DeltackptError
+            What made a save in the background fail, if nobody was told yet.
         """
+        self.run.close()  # of training that was interrupted a save may be under way: it is the latest
         if step == "latest" and self.run.latest() is None:
             return 0
         commit = self.run.commit(step)
@@ -159,7 +162,21 @@ class DeltaCheckpoint(keras.callbacks.Callback):  # type: ignore[misc]
     # -- what Keras calls
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Go on with the random states of the step that was restored."""
+        """Go on with the random states of the step that was restored.
+
+        Raises
+        ------
+        AlreadyExistsError
+            If the run has steps of more batches: those of this training would stand among them.
+        """
+        refs = self.run.store.refs
+        there = refs.visible(refs.listing(self.run.name))  # what is damaged, too
+        if there and there[-1].step > self.n_batches:
+            raise AlreadyExistsError(
+                f"run {self.run.name!r} has step {there[-1].step} already, "
+                f"and this training goes on from {self.n_batches} batches",
+                hint="restore the latest step; or train into another run; or forget the steps after this one",
+            )
         if self._random is not None:
             _set_random(self._random)
         self._random = None

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from deltas import nearly, taken
 from faults import Wrapper, contents, memory_of
-from steps import assert_steps, collect, noise, opened, visible
+from steps import assert_steps, collect, floats, noise, opened, visible
 
 from deltackpt import gc
 from deltackpt.backends.memory import MemoryBackend
@@ -233,3 +234,49 @@ def test_a_damaged_copy_that_is_to_stay_is_told(caplog):
     assert spoilt.names("packs/") == backend.names("packs/")
     repair(spoilt)
     assert spoilt.exists(key)
+
+
+@pytest.mark.parametrize("what", ["rewritten", "stored whole", "merged"])
+def test_the_index_of_what_gc_wrote_is_durable_before_anything_is_condemned_or_deleted(monkeypatch, what):
+    taken(monkeypatch)
+    if what == "rewritten":
+        backend = half_used()
+    else:
+        backend, array = MemoryBackend(), floats(1, 3000)
+        for step in range(9):
+            opened(backend).save({"w": array}, step=step)
+            array = nearly(array, step)
+        if what == "stored whole":
+            opened(backend).forget(range(8))
+        else:
+            monkeypatch.setattr(gc, "N_FILES_MAX", 2)
+    calls = []
+    collect(Hooked(backend, lambda op, name: calls.append((op, name))))
+    at = next(i for i, (op, name) in enumerate(calls) if op == "create_once" and name.startswith("index/"))
+    after = calls[at:]
+    builds_on_it = [
+        i
+        for i, (op, name) in enumerate(after)
+        if (op == "delete" and name.startswith(("index/", "packs/")))
+        or (op == "create_once" and name.startswith("gc/"))
+    ]
+    assert after.index(("barrier", "index")) < builds_on_it[0]
+
+
+def test_on_a_full_disk_the_largest_of_what_is_dead_goes_first(monkeypatch):
+    monkeypatch.setattr(gc, "_N_DEAD_TIGHT", 1)
+    backend = half_used()
+    for step, size in ((1, 1000), (2, 3000), (3, 2000)):
+        opened(backend, "other").save({"x": noise(9 + step, size)}, step=step)
+    opened(backend, "other").forget([1, 2, 3])
+    condemned = []
+
+    def full(op, name):
+        if op == "commit" and name.startswith("packs/"):
+            raise StorageError(f"{name}: no room", errno=errno.ENOSPC)
+        if op == "delete" and name.startswith("packs/"):
+            condemned.append(backend.size(name))
+
+    result = collect(Hooked(backend, full))
+    assert result.n_dead == 3
+    assert condemned == sorted(condemned, reverse=True)

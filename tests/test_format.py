@@ -365,6 +365,11 @@ def test_what_is_no_json_is_a_format_error(text: str):
         load_json(text.encode("utf-8", "surrogatepass"), "here")
 
 
+def test_a_number_that_json_lacks_is_named():
+    with pytest.raises(FormatError, match="here: not JSON: NaN is not JSON"):
+        load_json(b'{"loss": NaN}', "here")
+
+
 def test_a_seal_covers_every_byte():
     data = seal({"kind": "fence", "n": [1, None, "\u2603"]})
     for at in range(len(data)):

@@ -38,6 +38,7 @@ from blake3 import blake3
 
 from deltackpt import restore as chunks
 from deltackpt import tree
+from deltackpt.backends.local import LocalBackend
 from deltackpt.containers import spans
 from deltackpt.efforts import Optimize
 from deltackpt.energy import Meter
@@ -112,7 +113,7 @@ def save_files(
     NotFoundError
         If there is no such file or directory.
     InvalidInputError
-        If it holds a socket, a pipe, a device, or a link that leads out; names it.
+        If it holds a socket, a pipe, a device, a link that leads out, or the store itself; names it.
     ConflictError
         If it changed while it was read.
     AlreadyExistsError
@@ -168,7 +169,8 @@ def load_files(
     AlreadyExistsError
         If `path` is there, and `overwrite` is false.
     InvalidInputError
-        If the step was not saved by `save_files`.
+        If the step was not saved by `save_files`; if `path` holds the store, or is a directory where the step
+        is a file: neither is ever replaced.
     CorruptError
         If a byte is missing or changed, or a path leads out of the target; then nothing is left.
     StorageError
@@ -205,6 +207,11 @@ class FolderSaver:
         overwrite: bool = False,
     ) -> SaveReport:
         """Save one; as `save_files`."""
+        if _holds(found.path, self.run):
+            raise InvalidInputError(
+                f"{found.path}: holds the store {self.run.store.url}, which changes as it is saved into",
+                hint="keep the store elsewhere",
+            )
         start_s, meter = time.perf_counter(), Meter()
         what = What(
             found.step,
@@ -234,6 +241,8 @@ class Found:
 
     Attributes
     ----------
+    path : Path
+        Where it is, links followed.
     state : dict
         What is saved.
 
@@ -247,7 +256,9 @@ class Found:
         if not os.path.lexists(path):
             raise NotFoundError(f"{path}: no such file or directory", hint="check the path")
         self.step = step
-        path = path.resolve()  # it may itself be a link
+        with storage_errors(path):
+            path = Path(os.path.realpath(path, strict=True))  # it may itself be a link
+        self.path = path
         self._seen: list[tuple[Path, tuple[int, ...]]] = []
         files: dict[str, Any] = {}
         entries: list[dict[str, Any]] = []
@@ -413,7 +424,7 @@ def restore(
     with run.reading(commit):
         folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {commit.slot.step}")
         path = Path(folder.name) if out is None else out
-        _check_target(path, overwrite)
+        _check_target(path, run, overwrite, is_file=folder.entries[0].kind == "file")
         temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
         try:
             with storage_errors(path):
@@ -476,15 +487,28 @@ def remove_leftovers(directory: Path) -> None:
         _remove(path)
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def _holds(path: Path, run: Run) -> bool:
+    """Return whether the store of a run lies in what has this name, or is it."""
+    backend = run.store.backend
+    if not isinstance(backend, LocalBackend):
+        return False
+    here = os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118  (a link is what it is)
+    return Path(os.path.realpath(backend.url)).is_relative_to(here)
+
+
+def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> None:
     if not path.name or path.name == "..":
         raise InvalidInputError(f"{path}: is no name of a file or directory", hint="name one")
     if not path.parent.is_dir():
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
+    if _holds(path, run):
+        raise InvalidInputError(f"{path}: holds the store {run.store.url}", hint="choose another name")
     if os.path.lexists(path) and not overwrite:
         raise AlreadyExistsError(
             f"{path}: is there already", hint="choose another name, or replace it with --overwrite"
         )
+    if is_file and path.is_dir() and not path.is_symlink():
+        raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -296,6 +296,9 @@ def test_a_link_that_leads_out_is_refused(tmp_path, target):
 def test_what_is_not_there_is_not_found_and_no_store_is_made(tmp_path):
     with pytest.raises(NotFoundError, match="nothing: no such file or directory"):
         save_files(tmp_path / "nothing", tmp_path / "store", step=1)
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(StorageError, match="round: Too many levels of symbolic links"):
+        save_files(tmp_path / "round", tmp_path / "store", step=1)
     assert not (tmp_path / "store").exists()
 
 
@@ -364,6 +367,37 @@ def test_a_target_that_is_there_is_replaced_only_when_told(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "directory", "file", "link"]
     with pytest.raises(NotFoundError, match="no such directory"):
         load_files(store, tmp_path / "none" / "out")
+
+
+@pytest.mark.parametrize("place", ["out", "out/in/store"])
+def test_what_holds_the_store_is_neither_replaced_nor_saved(tmp_path, place, monkeypatch):
+    root = made(tmp_path / "c", TREE)
+    save_files(root, tmp_path / place, step=1)
+    (tmp_path / "alias").symlink_to("out")
+    monkeypatch.chdir(tmp_path)
+    before = facts(tmp_path / "out")
+    for out in ("out", tmp_path / "out", tmp_path):
+        with pytest.raises(InvalidInputError, match="holds the store"):
+            load_files(Path("alias") / Path(place).relative_to("out"), out, overwrite=True)
+        with pytest.raises(InvalidInputError, match="holds the store"):
+            save_files(out, tmp_path / place, step=2)
+    assert facts(tmp_path / "out") == before
+    assert open_run(tmp_path / place).steps() == [1]
+
+
+def test_a_directory_is_not_replaced_by_a_file(tmp_path):
+    file = tmp_path / "step_1.pt"
+    file.write_bytes(b"x" * 5000)
+    store = MemoryBackend()
+    save_files(file, store, step=1)
+    runs = made(tmp_path / "runs", {"step_1.pt": b"all there is"})
+    before = facts(runs)
+    with pytest.raises(InvalidInputError, match="runs: is a directory, expected a file name"):
+        load_files(store, runs, overwrite=True)
+    assert facts(runs) == before
+    (tmp_path / "link").symlink_to("runs")
+    load_files(store, tmp_path / "link", overwrite=True)
+    assert facts(tmp_path / "link") == facts(file)
 
 
 def test_a_state_is_no_files_and_says_so(tmp_path):

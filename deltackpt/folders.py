@@ -447,7 +447,7 @@ def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) ->
     path : Path
     by_content : bool
         Read all of it, and go by that instead of sizes and times: after a power loss those may be right where
-        the content is not.
+        the content is not.  There may be more beside it.
     """
     manifest = run.manifest(step)
     if not holds_files(manifest):
@@ -455,7 +455,9 @@ def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) ->
     folder = _Folder.of(manifest, f"run {run.name!r} step {step}")
     try:
         found = dict(_walk(path))
-        return found.keys() == {entry.path for entry in folder.entries} and all(
+        saved = {entry.path for entry in folder.entries}
+        are_there = found.keys() >= saved if by_content else found.keys() == saved
+        return are_there and all(
             _is_same(path / entry.path if entry.path else path, found[entry.path], entry, by_content)
             for entry in folder.entries
         )

@@ -72,6 +72,8 @@ _INLINE_SIZE_MAX = 1024
 _READ_SIZE_MAX = 1 << 20
 #: Bytes of tensors put into a file at a time; a larger tensor makes a batch of its own.
 _BATCH_SIZE = 64 << 20
+#: Bytes of a path, with room for a number: from 4096 on a text is a tensor, which a path must not be.
+_PATH_SIZE_MAX = 4000
 _MODE = 0o777  # no set-uid of a stranger's making
 _MTIME_MAX = 1 << 63
 _SIZE_MAX = 1 << 62  # beyond what a system can be asked for
@@ -265,11 +267,13 @@ class Found:
         keys = Names()
         for relative, found in _walk(path):
             full = path / relative if relative else path
+            _check_size(full, relative)
             entry: dict[str, Any] = {"path": relative}
             entries.append(entry)
             if stat.S_ISLNK(found.st_mode):
                 with storage_errors(full):
                     target = os.readlink(full)  # noqa: PTH115  (a Path would not be as it was written)
+                _check_size(full, target)
                 if not _stays_inside(relative, target):
                     raise InvalidInputError(
                         f"{full}: is a link to {target!r}, which leads out of what is saved",
@@ -302,6 +306,15 @@ class Found:
                     f"{path}: changed while it was read; nothing is saved",
                     hint="save it again once nobody writes to it",
                 )
+
+
+def _check_size(full: Path, text: str) -> None:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > _PATH_SIZE_MAX:
+        raise InvalidInputError(
+            f"{full}: its path, or what it leads to, takes {size} bytes, at most {_PATH_SIZE_MAX} allowed",
+            hint="save a directory that is deeper in, or give it shorter names",
+        )
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -293,6 +293,19 @@ def test_a_link_that_leads_out_is_refused(tmp_path, target):
         save_files(root, MemoryBackend(), step=1)
 
 
+@pytest.mark.parametrize("kind", ["path", "link"])
+def test_a_path_that_could_not_be_given_back_is_refused(tmp_path, kind):
+    """A byte that is no UTF-8 takes three: 1,400 of them are more than stands in a manifest."""
+    root = made(tmp_path / "c", {})
+    odd = os.fsdecode(b"\xff" * 200)
+    if kind == "path":
+        root.joinpath(*[odd] * 7).mkdir(parents=True)
+    else:
+        (root / "link").symlink_to("/".join([odd] * 7))
+    with pytest.raises(InvalidInputError, match="takes 4206 bytes, at most 4000 allowed"):
+        save_files(root, MemoryBackend(), step=1)
+
+
 def test_what_is_not_there_is_not_found_and_no_store_is_made(tmp_path):
     with pytest.raises(NotFoundError, match="nothing: no such file or directory"):
         save_files(tmp_path / "nothing", tmp_path / "store", step=1)

@@ -258,8 +258,11 @@ class Found:
         if not os.path.lexists(path):
             raise NotFoundError(f"{path}: no such file or directory", hint="check the path")
         self.step = step
+        name = path.absolute().name
         with storage_errors(path):
             path = Path(os.path.realpath(path, strict=True))  # it may itself be a link
+        if not name or name == "..":
+            name = path.name or "files"
         self.path = path
         self._seen: list[tuple[Path, tuple[int, ...]]] = []
         files: dict[str, Any] = {}
@@ -292,7 +295,7 @@ class Found:
                 entry["blake3"] = _hash(data)
                 entry["key"] = keys.unique(_key(relative, step))
                 entry["gaps"], files[entry["key"]] = _taken_apart(data)
-        self.state = {MARK: VERSION, "name": path.name or "files", "entries": entries, "files": files}
+        self.state = {MARK: VERSION, "name": name, "entries": entries, "files": files}
 
     def check(self) -> None:
         """Raise a `ConflictError` if anything of it was changed since it was found."""

@@ -129,6 +129,15 @@ def test_a_file_comes_back_as_a_file_under_its_name(tmp_path, monkeypatch):
     assert facts(Path("step_7.npz")) == facts(path)
 
 
+def test_the_name_is_the_one_that_was_given_and_not_what_a_link_leads_to(tmp_path, monkeypatch):
+    (tmp_path / "blob").write_bytes(npz())
+    (tmp_path / "step_7.npz").symlink_to("blob")
+    made(tmp_path / "c", {"checkpoint-8": {}})
+    monkeypatch.chdir(tmp_path / "c" / "checkpoint-8")
+    for path, name in ((tmp_path / "step_7.npz", "step_7.npz"), (".", "checkpoint-8"), ("..", "c")):
+        assert Found(Path(path), 7).state["name"] == name
+
+
 @needs_torch
 def test_checkpoints_of_torch_safetensors_and_dcp_come_back_by_sha256(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")

@@ -521,12 +521,14 @@ def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> No
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
     if _holds(path, run):
         raise InvalidInputError(f"{path}: holds the store {run.store.url}", hint="choose another name")
-    if os.path.lexists(path) and not overwrite:
-        raise AlreadyExistsError(
-            f"{path}: is there already", hint="choose another name, or replace it with --overwrite"
-        )
-    if is_file and path.is_dir() and not path.is_symlink():
+    is_directory = path.is_dir() and not path.is_symlink()
+    if is_directory and is_file:
         raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
+    if os.path.lexists(path) and not overwrite:
+        deletes = "deletes all that is in this one" if is_directory else "replaces this one"
+        raise AlreadyExistsError(
+            f"{path}: is there already", hint=f"choose another name; --overwrite {deletes}"
+        )
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -381,8 +381,9 @@ def test_a_target_that_is_there_is_replaced_only_when_told(tmp_path):
             out.write_bytes(b"x")
         else:
             out.symlink_to("c")
-        with pytest.raises(AlreadyExistsError, match="is there already"):
+        with pytest.raises(AlreadyExistsError, match="is there already") as e:
             load_files(store, out)
+        assert ("deletes all that is in this one" in e.value.hint) == (there == "directory")
         load_files(store, out, overwrite=True)
         assert not out.is_symlink()
         assert facts(out) == facts(root)
@@ -414,8 +415,9 @@ def test_a_directory_is_not_replaced_by_a_file(tmp_path):
     save_files(file, store, step=1)
     runs = made(tmp_path / "runs", {"step_1.pt": b"all there is"})
     before = facts(runs)
-    with pytest.raises(InvalidInputError, match="runs: is a directory, expected a file name"):
-        load_files(store, runs, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(InvalidInputError, match="runs: is a directory, expected a file name"):
+            load_files(store, runs, overwrite=overwrite)
     assert facts(runs) == before
     (tmp_path / "link").symlink_to("runs")
     load_files(store, tmp_path / "link", overwrite=True)

@@ -515,13 +515,13 @@ def _holds(path: Path, run: Run) -> bool:
 
 
 def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> None:
-    if not path.name or path.name == "..":
+    if path.name in ("", "..") or not _is_text(str(path)):
         raise InvalidInputError(f"{path}: is no name of a file or directory", hint="name one")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112  (pathlib raises if the name is too long)
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
     if _holds(path, run):
         raise InvalidInputError(f"{path}: holds the store {run.store.url}", hint="choose another name")
-    is_directory = path.is_dir() and not path.is_symlink()
+    is_directory = os.path.isdir(path) and not path.is_symlink()  # noqa: PTH112
     if is_directory and is_file:
         raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
     if os.path.lexists(path) and not overwrite:

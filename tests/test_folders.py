@@ -392,6 +392,19 @@ def test_a_target_that_is_there_is_replaced_only_when_told(tmp_path):
         load_files(store, tmp_path / "none" / "out")
 
 
+def test_a_target_that_no_file_can_have_is_refused(tmp_path):
+    store = MemoryBackend()
+    save_files(made(tmp_path / "c", {}), store, step=1)
+    for name in ("", "..", "a\0b", "a\ud800"):
+        with pytest.raises(InvalidInputError, match="is no name of a file or directory"):
+            load_files(store, name)
+    with pytest.raises(StorageError, match="File name too long"):
+        load_files(store, tmp_path / ("n" * 300))
+    with pytest.raises(NotFoundError, match="no such directory"):
+        load_files(store, tmp_path / ("n" * 300) / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 @pytest.mark.parametrize("place", ["out", "out/in/store"])
 def test_what_holds_the_store_is_neither_replaced_nor_saved(tmp_path, place, monkeypatch):
     root = made(tmp_path / "c", TREE)

@@ -13,6 +13,7 @@ import io
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -253,7 +254,9 @@ def _members(data: U8, start: int, first: int, stop: int) -> list[_Member] | Non
             return None
         name = table[name_at:extra_at].decode("utf-8", "backslashreplace")
         members.append(_Member(content_at, size, name, method == 0 and size == full_size))
-    return members
+    # No byte is of two members, or reading their headers takes as long as there are entries that name one.
+    overlap = any(a.offset + a.size > b.offset for a, b in pairwise(sorted(members)))
+    return None if overlap else members
 
 
 def _zip64(extra: bytes, full_size: int, size: int, offset: int) -> tuple[int, int, int] | None:

@@ -38,6 +38,7 @@ from blake3 import blake3
 
 from deltackpt import restore as chunks
 from deltackpt import tree
+from deltackpt.backends.local import LocalBackend
 from deltackpt.containers import spans
 from deltackpt.efforts import Optimize
 from deltackpt.energy import Meter
@@ -71,6 +72,8 @@ _INLINE_SIZE_MAX = 1024
 _READ_SIZE_MAX = 1 << 20
 #: Bytes of tensors put into a file at a time; a larger tensor makes a batch of its own.
 _BATCH_SIZE = 64 << 20
+#: Bytes of a path, with room for a number: from 4096 on a text is a tensor, which a path must not be.
+_PATH_SIZE_MAX = 4000
 _MODE = 0o777  # no set-uid of a stranger's making
 _MTIME_MAX = 1 << 63
 _SIZE_MAX = 1 << 62  # beyond what a system can be asked for
@@ -112,7 +115,7 @@ def save_files(
     NotFoundError
         If there is no such file or directory.
     InvalidInputError
-        If it holds a socket, a pipe, a device, or a link that leads out; names it.
+        If it holds a socket, a pipe, a device, a link that leads out, or the store itself; names it.
     ConflictError
         If it changed while it was read.
     AlreadyExistsError
@@ -168,7 +171,8 @@ def load_files(
     AlreadyExistsError
         If `path` is there, and `overwrite` is false.
     InvalidInputError
-        If the step was not saved by `save_files`.
+        If the step was not saved by `save_files`; if `path` holds the store, or is a directory where the step
+        is a file: neither is ever replaced.
     CorruptError
         If a byte is missing or changed, or a path leads out of the target; then nothing is left.
     StorageError
@@ -205,6 +209,11 @@ class FolderSaver:
         overwrite: bool = False,
     ) -> SaveReport:
         """Save one; as `save_files`."""
+        if _holds(found.path, self.run):
+            raise InvalidInputError(
+                f"{found.path}: holds the store {self.run.store.url}, which changes as it is saved into",
+                hint="keep the store elsewhere",
+            )
         start_s, meter = time.perf_counter(), Meter()
         what = What(
             found.step,
@@ -234,6 +243,8 @@ class Found:
 
     Attributes
     ----------
+    path : Path
+        Where it is, links followed.
     state : dict
         What is saved.
 
@@ -247,18 +258,25 @@ class Found:
         if not os.path.lexists(path):
             raise NotFoundError(f"{path}: no such file or directory", hint="check the path")
         self.step = step
-        path = path.resolve()  # it may itself be a link
+        name = path.absolute().name
+        with storage_errors(path):
+            path = Path(os.path.realpath(path, strict=True))  # it may itself be a link
+        if not name or name == "..":
+            name = path.name or "files"
+        self.path = path
         self._seen: list[tuple[Path, tuple[int, ...]]] = []
         files: dict[str, Any] = {}
         entries: list[dict[str, Any]] = []
         keys = Names()
         for relative, found in _walk(path):
             full = path / relative if relative else path
+            _check_size(full, relative)
             entry: dict[str, Any] = {"path": relative}
             entries.append(entry)
             if stat.S_ISLNK(found.st_mode):
                 with storage_errors(full):
                     target = os.readlink(full)  # noqa: PTH115  (a Path would not be as it was written)
+                _check_size(full, target)
                 if not _stays_inside(relative, target):
                     raise InvalidInputError(
                         f"{full}: is a link to {target!r}, which leads out of what is saved",
@@ -277,7 +295,7 @@ class Found:
                 entry["blake3"] = _hash(data)
                 entry["key"] = keys.unique(_key(relative, step))
                 entry["gaps"], files[entry["key"]] = _taken_apart(data)
-        self.state = {MARK: VERSION, "name": path.name or "files", "entries": entries, "files": files}
+        self.state = {MARK: VERSION, "name": name, "entries": entries, "files": files}
 
     def check(self) -> None:
         """Raise a `ConflictError` if anything of it was changed since it was found."""
@@ -291,6 +309,15 @@ class Found:
                     f"{path}: changed while it was read; nothing is saved",
                     hint="save it again once nobody writes to it",
                 )
+
+
+def _check_size(full: Path, text: str) -> None:
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if size > _PATH_SIZE_MAX:
+        raise InvalidInputError(
+            f"{full}: its path, or what it leads to, takes {size} bytes, at most {_PATH_SIZE_MAX} allowed",
+            hint="save a directory that is deeper in, or give it shorter names",
+        )
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
@@ -413,7 +440,7 @@ def restore(
     with run.reading(commit):
         folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {commit.slot.step}")
         path = Path(folder.name) if out is None else out
-        _check_target(path, overwrite)
+        _check_target(path, run, overwrite, is_file=folder.entries[0].kind == "file")
         temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
         try:
             with storage_errors(path):
@@ -436,7 +463,7 @@ def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) ->
     path : Path
     by_content : bool
         Read all of it, and go by that instead of sizes and times: after a power loss those may be right where
-        the content is not.
+        the content is not.  There may be more beside it.
     """
     manifest = run.manifest(step)
     if not holds_files(manifest):
@@ -444,7 +471,9 @@ def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) ->
     folder = _Folder.of(manifest, f"run {run.name!r} step {step}")
     try:
         found = dict(_walk(path))
-        return found.keys() == {entry.path for entry in folder.entries} and all(
+        saved = {entry.path for entry in folder.entries}
+        are_there = found.keys() >= saved if by_content else found.keys() == saved
+        return are_there and all(
             _is_same(path / entry.path if entry.path else path, found[entry.path], entry, by_content)
             for entry in folder.entries
         )
@@ -476,14 +505,29 @@ def remove_leftovers(directory: Path) -> None:
         _remove(path)
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
-    if not path.name or path.name == "..":
+def _holds(path: Path, run: Run) -> bool:
+    """Return whether the store of a run lies in what has this name, or is it."""
+    backend = run.store.backend
+    if not isinstance(backend, LocalBackend):
+        return False
+    here = os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118  (a link is what it is)
+    return Path(os.path.realpath(backend.url)).is_relative_to(here)
+
+
+def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> None:
+    if path.name in ("", "..") or not _is_text(str(path)):
         raise InvalidInputError(f"{path}: is no name of a file or directory", hint="name one")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # noqa: PTH112  (pathlib raises if the name is too long)
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
+    if _holds(path, run):
+        raise InvalidInputError(f"{path}: holds the store {run.store.url}", hint="choose another name")
+    is_directory = os.path.isdir(path) and not path.is_symlink()  # noqa: PTH112
+    if is_directory and is_file:
+        raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
     if os.path.lexists(path) and not overwrite:
+        deletes = "deletes all that is in this one" if is_directory else "replaces this one"
         raise AlreadyExistsError(
-            f"{path}: is there already", hint="choose another name, or replace it with --overwrite"
+            f"{path}: is there already", hint=f"choose another name; --overwrite {deletes}"
         )
 
 

@@ -68,9 +68,10 @@ def find(patterns: Iterable[str]) -> list[Path]:
 def find_checkpoints(patterns: Iterable[str]) -> list[Path]:
     """Return the checkpoints that names and shell patterns stand for, each a step: files or directories.
 
-    A directory whose name is that of a checkpoint, as ``checkpoint-100`` is, is one; of any other its series
-    is taken: the files and directories in it whose names differ by their numbers alone.  Where there are
-    several such series, those that are called steps, checkpoints, epochs or iterations are meant.
+    A directory whose name is that of a checkpoint, as ``checkpoint-100`` is, is one, unless there are several
+    in it, as in ``iter2_runs``; of any other its series is taken: the files and directories in it whose names
+    differ by their numbers alone.  Where there are several such series, those that are called steps,
+    checkpoints, epochs or iterations are meant.
 
     Raises
     ------
@@ -82,19 +83,35 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Path]:
     return [
         step
         for path in find(patterns)
-        for step in (_within(path) if path.is_dir() and not _CALLED.search(path.resolve().name) else [path])
+        for step in (_within(path) if path.is_dir() and not _is_checkpoint(path) else [path])
     ]
 
 
-def _within(folder: Path) -> list[Path]:
+def _is_checkpoint(folder: Path) -> bool:
+    is_called = _CALLED.search(folder.resolve().name) is not None
+    return is_called and not any(len(paths) > 1 for paths in _called(_series(folder)).values())
+
+
+def _called(found: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
+    return {pattern: paths for pattern, paths in found.items() if _CALLED.search(paths[0].name)}
+
+
+def _series(folder: Path) -> dict[str, list[Path]]:
+    """Return the files and directories in it that may be checkpoints, by what their names have in common."""
     found: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(folder.iterdir()):
+    with files.storage_errors(folder):
+        paths = sorted(folder.iterdir())
+    for path in paths:
         name = path.name
         is_one = path.is_dir() or path.suffix.lower() in _CHECKPOINTS
         if is_one and not name.startswith((".", "_")) and not _PART.search(name) and _NUMBER.search(name):
             found[re.sub(r"\d+(?:\.\d+)?", "*", name)].append(path)
-    called = {pattern: paths for pattern, paths in found.items() if _CALLED.search(paths[0].name)}
-    several = called or found
+    return found
+
+
+def _within(folder: Path) -> list[Path]:
+    found = _series(folder)
+    several = _called(found) or found
     if not several:
         raise NotFoundError(
             f"{folder}: holds no series of checkpoints",
@@ -335,7 +352,7 @@ def save(
     if there and existing == "refuse":
         raise AlreadyExistsError(
             f"run {run!r} has {_listed('step', map(str, sorted(there)))} already",
-            hint="--overwrite replaces, --skip-existing passes over what is there",
+            hint=("" if as_files else "--overwrite replaces, ") + "--skip-existing passes over what is there",
         )
     if pinned and existing == "overwrite":
         are = "is" if len(pinned) == 1 else "are"

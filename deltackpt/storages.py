@@ -9,7 +9,7 @@ What it finds is a hint: it chooses names, and how differences are taken, never 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from deltackpt.types import DTYPE_SIZES
 _SIZE_MAX = 64 << 20
 #: Characters of a name; a key path that is longer is cut, and told apart by what gives the names.
 _NAME_SIZE_MAX = 200
+
+#: What torch rebuilds a tensor from, at most.
+_N_ARGS_MAX = 8
 
 #: torch's classes of storages, by dtype.
 _DTYPES = {
@@ -82,8 +85,9 @@ class _Part:
 
 @dataclass(eq=False)
 class _Object:
-    """Anything else, and what it would be made of."""
+    """Anything else: what it would be made of, which others may share, and what is added to it."""
 
+    args: Sequence[Any]
     parts: list[Any] = field(default_factory=list)
 
 
@@ -139,7 +143,7 @@ class _Machine:
         if name == "TUPLE":
             self._stack.append(tuple(items))
         elif name == "DICT":
-            self._stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            self._stack.append(_dict(items))
         elif name in ("LIST", "FROZENSET"):
             self._stack.append(items)
         elif name != "POP_MARK":
@@ -157,7 +161,7 @@ class _Machine:
         if isinstance(into, _Object):
             into.parts += items
         elif name.startswith("SETITEM"):
-            into.update(zip(items[::2], items[1::2], strict=True))
+            into |= _dict(items)
         else:
             into.extend(items)
 
@@ -167,9 +171,9 @@ class _Machine:
         if name == "BINPERSID":
             kind, cls, key, _, _ = last
             assert kind == "storage"
-            stack.append(_Part(key, _DTYPES.get(cls.name, "uint8")))
+            stack.append(_Part(_text(key), _DTYPES.get(cls.name, "uint8")))
         elif name == "STACK_GLOBAL":
-            stack.append(_Global(stack.pop(), last))
+            stack.append(_Global(_text(stack.pop()), _text(last)))
         elif name == "BUILD":
             if isinstance(stack[-1], _Object):
                 stack[-1].parts.append(last)
@@ -179,17 +183,33 @@ class _Machine:
             stack.append(_made(stack.pop(), last) if name == "REDUCE" else _Object([stack.pop(), last]))
 
 
+def _text(x: Any) -> str:
+    if not isinstance(x, str):
+        raise TypeError
+    return x
+
+
+def _dict(items: list[Any]) -> dict[Any, Any]:
+    """Return a dict of keys and values in turn; a key that is no text or number is not looked into.
+
+    To hash a tuple takes the stack that it is deep, and a time that doubles with each tuple that holds
+    another twice.
+    """
+    keys = (key if isinstance(key, str | int) else _Object([key]) for key in items[::2])
+    return dict(zip(keys, items[1::2], strict=True))
+
+
 def _made(function: Any, args: Any) -> Any:
     """Return what stands for the result of a call."""
     called = function.name if isinstance(function, _Global) else ""
     if called == "OrderedDict" and not args:
         return {}
     if called.startswith(("_rebuild_tensor", "_rebuild_parameter")) and isinstance(args[0], _Part):
-        for arg in args[1:]:  # of a dtype that has no class of storages
+        for arg in args[1:_N_ARGS_MAX]:  # of a dtype that has no class of storages
             if isinstance(arg, _Global) and arg.module == "torch" and arg.name in DTYPE_SIZES:
                 args[0].dtype = arg.name
         return args[0]
-    return _Object(list(args))
+    return _Object(args if isinstance(args, tuple | list) else [args])
 
 
 def _named(root: Any) -> dict[str, Storage]:
@@ -205,11 +225,17 @@ def _named(root: Any) -> dict[str, Storage]:
         if not isinstance(x, dict | list | tuple | _Object) or isinstance(x, _Global) or id(x) in seen:
             continue
         seen.add(id(x))
-        items = x.items() if isinstance(x, dict) else enumerate(x.parts if isinstance(x, _Object) else x)
+        items: Iterable[tuple[Any, Any]]
+        if isinstance(x, _Object):
+            items = enumerate(x.parts, len(x.args))
+        else:
+            items = x.items() if isinstance(x, dict) else enumerate(x)
         todo += reversed([(_joined(name, key), value) for key, value in items])
+        if isinstance(x, _Object):
+            todo.append((name, x.args))
     return found
 
 
 def _joined(name: str, key: Hashable) -> str:
-    text = str(key) if isinstance(key, str | int) else "?"
+    text = str(key)[:_NAME_SIZE_MAX] if isinstance(key, str | int) else "?"
     return (f"{name}.{text}" if name else text)[:_NAME_SIZE_MAX]

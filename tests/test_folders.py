@@ -129,6 +129,15 @@ def test_a_file_comes_back_as_a_file_under_its_name(tmp_path, monkeypatch):
     assert facts(Path("step_7.npz")) == facts(path)
 
 
+def test_the_name_is_the_one_that_was_given_and_not_what_a_link_leads_to(tmp_path, monkeypatch):
+    (tmp_path / "blob").write_bytes(npz())
+    (tmp_path / "step_7.npz").symlink_to("blob")
+    made(tmp_path / "c", {"checkpoint-8": {}})
+    monkeypatch.chdir(tmp_path / "c" / "checkpoint-8")
+    for path, name in ((tmp_path / "step_7.npz", "step_7.npz"), (".", "checkpoint-8"), ("..", "c")):
+        assert Found(Path(path), 7).state["name"] == name
+
+
 @needs_torch
 def test_checkpoints_of_torch_safetensors_and_dcp_come_back_by_sha256(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
@@ -293,9 +302,25 @@ def test_a_link_that_leads_out_is_refused(tmp_path, target):
         save_files(root, MemoryBackend(), step=1)
 
 
+@pytest.mark.parametrize("kind", ["path", "link"])
+def test_a_path_that_could_not_be_given_back_is_refused(tmp_path, kind):
+    """A byte that is no UTF-8 takes three: 1,400 of them are more than stands in a manifest."""
+    root = made(tmp_path / "c", {})
+    odd = os.fsdecode(b"\xff" * 200)
+    if kind == "path":
+        root.joinpath(*[odd] * 7).mkdir(parents=True)
+    else:
+        (root / "link").symlink_to("/".join([odd] * 7))
+    with pytest.raises(InvalidInputError, match="takes 4206 bytes, at most 4000 allowed"):
+        save_files(root, MemoryBackend(), step=1)
+
+
 def test_what_is_not_there_is_not_found_and_no_store_is_made(tmp_path):
     with pytest.raises(NotFoundError, match="nothing: no such file or directory"):
         save_files(tmp_path / "nothing", tmp_path / "store", step=1)
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(StorageError, match="round: Too many levels of symbolic links"):
+        save_files(tmp_path / "round", tmp_path / "store", step=1)
     assert not (tmp_path / "store").exists()
 
 
@@ -356,14 +381,60 @@ def test_a_target_that_is_there_is_replaced_only_when_told(tmp_path):
             out.write_bytes(b"x")
         else:
             out.symlink_to("c")
-        with pytest.raises(AlreadyExistsError, match="is there already"):
+        with pytest.raises(AlreadyExistsError, match="is there already") as e:
             load_files(store, out)
+        assert ("deletes all that is in this one" in e.value.hint) == (there == "directory")
         load_files(store, out, overwrite=True)
         assert not out.is_symlink()
         assert facts(out) == facts(root)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "directory", "file", "link"]
     with pytest.raises(NotFoundError, match="no such directory"):
         load_files(store, tmp_path / "none" / "out")
+
+
+def test_a_target_that_no_file_can_have_is_refused(tmp_path):
+    store = MemoryBackend()
+    save_files(made(tmp_path / "c", {}), store, step=1)
+    for name in ("", "..", "a\0b", "a\ud800"):
+        with pytest.raises(InvalidInputError, match="is no name of a file or directory"):
+            load_files(store, name)
+    with pytest.raises(StorageError, match="File name too long"):
+        load_files(store, tmp_path / ("n" * 300))
+    with pytest.raises(NotFoundError, match="no such directory"):
+        load_files(store, tmp_path / ("n" * 300) / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("place", ["out", "out/in/store"])
+def test_what_holds_the_store_is_neither_replaced_nor_saved(tmp_path, place, monkeypatch):
+    root = made(tmp_path / "c", TREE)
+    save_files(root, tmp_path / place, step=1)
+    (tmp_path / "alias").symlink_to("out")
+    monkeypatch.chdir(tmp_path)
+    before = facts(tmp_path / "out")
+    for out in ("out", tmp_path / "out", tmp_path):
+        with pytest.raises(InvalidInputError, match="holds the store"):
+            load_files(Path("alias") / Path(place).relative_to("out"), out, overwrite=True)
+        with pytest.raises(InvalidInputError, match="holds the store"):
+            save_files(out, tmp_path / place, step=2)
+    assert facts(tmp_path / "out") == before
+    assert open_run(tmp_path / place).steps() == [1]
+
+
+def test_a_directory_is_not_replaced_by_a_file(tmp_path):
+    file = tmp_path / "step_1.pt"
+    file.write_bytes(b"x" * 5000)
+    store = MemoryBackend()
+    save_files(file, store, step=1)
+    runs = made(tmp_path / "runs", {"step_1.pt": b"all there is"})
+    before = facts(runs)
+    for overwrite in (False, True):
+        with pytest.raises(InvalidInputError, match="runs: is a directory, expected a file name"):
+            load_files(store, runs, overwrite=overwrite)
+    assert facts(runs) == before
+    (tmp_path / "link").symlink_to("runs")
+    load_files(store, tmp_path / "link", overwrite=True)
+    assert facts(tmp_path / "link") == facts(file)
 
 
 def test_a_state_is_no_files_and_says_so(tmp_path):
@@ -565,7 +636,9 @@ def test_a_directory_is_as_saved_until_something_in_it_changes(tmp_path):
             assert folders.is_as_saved(run, 1, root, by_content=by_content)
             for change in ({"more": b""}, {"link": "deep"}, {"empty": {}}, {"empty": b"x"}):
                 other = made(tmp_path / "other", {**TREE, **change})
-                assert not folders.is_as_saved(run, 1, other, by_content=by_content)
+                # By content, what others put beside it does not count; by time no file of it is the same.
+                is_same = by_content and "more" in change
+                assert folders.is_as_saved(run, 1, other, by_content=by_content) == is_same
                 folders.remove(other)
             assert not folders.is_as_saved(run, 1, tmp_path / "none", by_content=by_content)
         of = (root / "large.bin").stat()

@@ -155,8 +155,10 @@ def test_a_series_is_saved_in_the_order_of_its_steps():
 
 def test_steps_that_are_there_stop_the_series_before_it_begins():
     delta.save({}, "store", step=10)
-    with pytest.raises(AlreadyExistsError, match="run 'main' has step 10 already"):
-        save()
+    for options, hint in ({}, "--overwrite replaces, --skip"), ({"as_files": True}, "--skip"):
+        with pytest.raises(AlreadyExistsError, match="run 'main' has step 10 already") as e:
+            save(**options)
+        assert e.value.hint.startswith(hint)  # import replaces nothing
     assert open_run("store").steps() == [10]
 
 
@@ -223,6 +225,8 @@ def test_a_checkpoint_is_one_however_it_is_named_and_is_not_looked_into():
     Path("out/checkpoint-7/rng_state_0.pth").touch()
     assert names("out/checkpoint-7") == names("out") == names("out/checkpoint-*") == ["out/checkpoint-7"]
     assert names("c/step_2.npz") == ["c/step_2.npz"]
+    Path("c").rename("iter2_runs")  # and a folder of several is none, whatever it is called
+    assert names("iter2_runs") == [f"iter2_runs/step_{n}.npz" for n in (10, 2, 3)]
 
 
 def test_a_folder_of_no_series_or_of_several_is_refused_with_what_there_is():

@@ -115,8 +115,10 @@ def test_a_directory_that_is_not_what_was_saved_is_put_right_before_a_resume(job
     out, callback = tmp_path / "out", DeltaCallback(here / "store")
     path = Path(callback.restore(arguments(out)))
     before = path.stat().st_ino
+    (path / "notes.txt").write_text("what others put there is not ours to delete")
     assert callback.restore(arguments(out)) == str(path)
     assert path.stat().st_ino == before  # it is as saved, and not written again
+    assert (path / "notes.txt").exists()
     weights = path / "model.safetensors"
     of = weights.stat()
     weights.write_bytes(bytes(of.st_size))  # as a power loss leaves it: size and time are right

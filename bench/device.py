@@ -48,7 +48,8 @@ def crossed(call: Callable[[], object], at: Path) -> int:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         call()
     found.export_chrome_trace(str(at / "trace.json"))
-    events = json.loads((at / "trace.json").read_text())["traceEvents"]
+    # Not strict: torch writes the name of the process as it is, control characters too.
+    events = json.loads((at / "trace.json").read_text(), strict=False)["traceEvents"]
     return sum(e["args"]["bytes"] for e in events if e.get("name", "").startswith("Memcpy DtoH"))
 
 

@@ -15,7 +15,6 @@ never whether a deletion is safe.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -191,6 +190,8 @@ class _Gc:
         self._live: set[PackName] = set()
         #: The disk is full: what is dead goes before anything is written.
         self._is_tight = False
+        #: What was said when it was found to be.
+        self._full: StorageError | None = None
 
     def run(self, is_tight: bool) -> GcResult:
         self._is_tight = is_tight
@@ -268,6 +269,7 @@ class _Gc:
         except StorageError as e:
             if not e.is_full:
                 raise
+            self._full = self._full or e
             if not self._is_tight:
                 self._is_tight = True
                 raise _OvertakenError from e  # from now on in steps that need the least room
@@ -295,14 +297,13 @@ class _Gc:
         return replace(chosen, dead=dead, repack=repack)
 
     def _tell_left(self, seen: Liveness) -> None:
-        """Say what a full disk left undone; an error if it was all there was to do."""
+        """Say what a full disk left undone; raise what it said if that was all there was to do."""
         n = len(rebase.plan(seen.links()).whole)
         if not n:
             return
-        message = f"{self._store.url}: no room to store {n} deltas whole, so what they need stays"
-        if not self._result.freed_size:
-            raise StorageError(message, hint="make room on the disk; forget more steps", errno=errno.ENOSPC)
-        log.warning("%s", message)
+        log.warning("%s: no room to store %d deltas whole, so what they need stays", self._store.url, n)
+        if self._full is not None and not self._result.freed_size:
+            raise self._full
 
     def _settled(self) -> Liveness:
         """Look, and begin nothing on what is seen while another gc's cycle is unfinished.

@@ -27,6 +27,7 @@ CALLS: dict[str, tuple[list[str], str]] = {
     "fork": (["branch", "--step", "20"], "branch step 20: from main@20, "),
     "forget": (["--step", "10"], "step"),
     "gc": ([], "3 packs: "),
+    "import": (["s_40.npz", "--run", "files"], "s_40.npz: files step 40: "),
     "info": ([], "version"),
     "ls": ([], "run "),
     "pin": (["20"], "main step 20: pinned"),
@@ -98,7 +99,7 @@ def test_quiet_still_tells_damage_errors_and_what_would_be_done():
     assert "damaged pack packs/" in done.stdout
 
 
-@pytest.mark.parametrize("command", sorted(CALLS.keys() - {"completion", "demo", "info", "save"}))
+@pytest.mark.parametrize("command", sorted(CALLS.keys() - {"completion", "demo", "import", "info", "save"}))
 def test_a_missing_store_is_an_error_with_a_hint_on_stderr_alone(command):
     args, _ = CALLS[command]
     done = process("-s", "none", command, *args)

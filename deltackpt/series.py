@@ -87,6 +87,21 @@ def find_checkpoints(patterns: Iterable[str]) -> list[Path]:
     ]
 
 
+def passed_over(patterns: Iterable[str], checkpoints: Iterable[Path]) -> list[Path]:
+    """Return what else is in the folders that checkpoints were found in, hidden files apart.
+
+    Whoever deletes the originals must know what of them is nowhere else.
+    """
+    taken = set(checkpoints)
+    folders = [path for path in find(patterns) if path.is_dir() and path not in taken]
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path not in taken and not path.name.startswith(".")
+    ]
+
+
 def _is_checkpoint(folder: Path) -> bool:
     is_called = _CALLED.search(folder.resolve().name) is not None
     return is_called and not any(len(paths) > 1 for paths in _called(_series(folder)).values())

@@ -280,3 +280,15 @@ def test_directories_and_files_may_stand_in_one_series():
     assert (load_files("store", "out", step=11) / "w.npz").read_bytes() == Path(
         "c/step_11/w.npz"
     ).read_bytes()
+
+
+def test_what_else_is_in_a_folder_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("epoch_1.pt", "epoch_2.pt", "optimizer_1.pt", "config.json", ".hidden"):
+        Path(name).write_bytes(b"")
+    taken = series.find_checkpoints(["."])
+    assert [str(path) for path in taken] == ["epoch_1.pt", "epoch_2.pt"]
+    assert [str(path) for path in series.passed_over(["."], taken)] == ["config.json", "optimizer_1.pt"]
+    assert series.passed_over(["epoch_1.pt"], taken[:1]) == []

@@ -198,7 +198,8 @@ def import_(
     quotes. Which step each is, is told as by save.
 
     restore gives each back byte for byte: names, modes and times too. A series that breaks off leaves the
-    steps it saved; --skip-existing goes on from there. The last line says what it saves.
+    steps it saved; --skip-existing goes on from there. The last lines say what else is in the folder and was
+    not taken, and what the store saves.
 
     \b
     Examples:
@@ -209,10 +210,13 @@ def import_(
     from deltackpt import series
 
     steps = series.steps_of(series.find_checkpoints(path))
+    others = [str(other) for other in series.passed_over(path, steps)]
+    left = f"not taken: {', '.join(others)}" if others else ""
     if dry_run:
-        lines = [f"{one}: {run} step {s}" for one, s in steps.items()]
+        lines = [*(f"{one}: {run} step {s}" for one, s in steps.items()), *filter(None, [left])]
         told = [{"path": str(one), "step": s} for one, s in steps.items()]
-        answer("\n".join(lines), {"run": run, "dry_run": True, "steps": told}, as_json)
+        data = {"run": run, "dry_run": True, "steps": told, "not_taken": others}
+        answer("\n".join(lines), data, as_json)
         return
     start, done = time.perf_counter(), []
     with progress("importing") as told_progress:
@@ -229,4 +233,6 @@ def import_(
                 tell(str(saved), None, False)
     total = series.Total.of(done, round(time.perf_counter() - start, 6))
     data = {"run": run, "steps": [one.to_json() for one in done], "total": total.to_json()}
-    tell(str(total), data, as_json)
+    if left and not as_json:
+        tell(left, None, False)
+    tell(str(total), data | {"not_taken": others}, as_json)

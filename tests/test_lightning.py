@@ -19,10 +19,10 @@ from lightning_job import N_BATCHES, Tiny, fit, quiet, top, trainer  # noqa: E40
 
 import deltackpt  # noqa: E402
 from deltackpt import gc, open_run  # noqa: E402
-from deltackpt.errors import InvalidInputError, NotFoundError, StorageError  # noqa: E402
+from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError  # noqa: E402
 from deltackpt.export import export  # noqa: E402
 from deltackpt.integrations.lightning import DeltaCheckpointIO  # noqa: E402
-from deltackpt.markers import Marker  # noqa: E402
+from deltackpt.markers import Marker, Runs  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -254,6 +254,25 @@ def test_saved_again_at_its_path_a_step_is_there_until_the_new_one_is(tmp_path, 
     io.save_checkpoint({"global_step": 1, "n": 4}, path)
     assert io.load_checkpoint(path)["n"] == 4
     assert sum(map(len, runs_of(store).values())) == 1
+
+
+def test_of_two_jobs_at_one_step_of_a_run_the_second_does_not_save_over_the_first(tmp_path, monkeypatch):
+    ours, theirs = DeltaCheckpointIO(tmp_path / "store"), DeltaCheckpointIO(tmp_path / "store")
+    free = Runs.free
+
+    def they_are_first(runs, *args):
+        found = free(runs, *args)
+        if runs is ours._runs:
+            theirs.save_checkpoint({"global_step": 5, "n": 2}, tmp_path / "theirs.ckpt")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runs, "free", they_are_first)
+        with pytest.raises(AlreadyExistsError, match="run 'main' has step 5"):
+            ours.save_checkpoint({"global_step": 5, "n": 1}, tmp_path / "ours.ckpt")
+    assert theirs.load_checkpoint(tmp_path / "theirs.ckpt")["n"] == 2
+    ours.save_checkpoint({"global_step": 5, "n": 1}, tmp_path / "ours.ckpt")  # in a run of its own
+    assert ours.load_checkpoint(tmp_path / "ours.ckpt")["n"] == 1
 
 
 def test_what_cannot_be_done_is_refused(tmp_path):

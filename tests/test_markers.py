@@ -12,8 +12,8 @@ GOOD = Marker("/somewhere", "main", 3, "00ff")
 
 
 def save(runs, name, step, path, value):
-    run = runs.free(name, step, str(path))
-    run.save({"n": value}, step=step, metadata=metadata_of(str(path)), overwrite=True)
+    run, overwrite = runs.free(name, step, str(path))
+    run.save({"n": value}, step=step, metadata=metadata_of(str(path)), overwrite=overwrite)
     return Marker.of(run, run.commit(step))
 
 

@@ -132,12 +132,12 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
                 super().save(state_dict, where)
                 return
             before = Marker.at(where, follow=False)
-            run = self._runs.free(self._run_of(where), self._step, where)
+            run, overwrite = self._runs.free(self._run_of(where), self._step, where)
             run.save(
                 _plain(state_dict),
                 step=self._step,
                 metadata=metadata_of(where),
-                overwrite=True,
+                overwrite=overwrite,
                 allow_pickle=self.allow_pickle,
             )
             marker = Marker.of(run, run.commit(self._step))

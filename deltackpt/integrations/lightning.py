@@ -109,10 +109,10 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         self._settle()
         _check_not_sharded(checkpoint)
         where, step = place_for(path), _step_of(checkpoint, path)
-        run = self._runs.free(self.run, step, where)
+        run, overwrite = self._runs.free(self.run, step, where)
         options: dict[str, Any] = {
             "metadata": metadata_of(where),
-            "overwrite": True,
+            "overwrite": overwrite,
             "allow_pickle": self.allow_pickle,
         }
         # What stands there is replaced; but a link is not what it leads to.

@@ -240,6 +240,17 @@ def place_for(path: PathLike) -> str:
     return str(where)
 
 
+def stand_in(path: PathLike, other: PathLike) -> bool:
+    """Have a link to another path stand at one where nothing does; return whether it does.
+
+    It does not where the other is not there, or on a system without links.
+    """
+    where, target = Path(path), Path(other)
+    if _is_url(other) or not target.exists() or os.path.lexists(where):
+        return False
+    return files.link(where, os.path.relpath(target.resolve(), where.parent.resolve()))
+
+
 def take_away(path: PathLike) -> None:
     """Remove a marker; durable on return."""
     files.remove(Path(path))

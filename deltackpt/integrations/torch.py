@@ -145,6 +145,8 @@ class Training:
             If a step is asked for by its number, and is not there, or if none is good.
         CorruptError
             If something of it cannot be given back.
+        DeltackptError
+            What made a save in the background fail, if nobody was told yet.
         """
         found_step = _on_first(lambda: self._step(step))
         if found_step is None:
@@ -156,6 +158,7 @@ class Training:
 
     def _step(self, step: int | str) -> int | None:
         """Return which step is meant: one for all ranks, since a later one may be there by now."""
+        self.run.close()  # a save may be under way: it is the latest
         if isinstance(step, str) and self.run.latest() is None:
             return None
         return self.run.commit(step).slot.step

@@ -680,6 +680,15 @@ def read_small(path: Path, size_max: int) -> bytes | None:
     return data if len(data) <= size_max else None
 
 
+def link(path: Path, target: str) -> bool:
+    """Make a link where nothing is; return whether the system could."""
+    try:
+        path.symlink_to(target)
+    except OSError:
+        return False
+    return True
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a link; durable on return.
 

@@ -156,12 +156,13 @@ class Runs:
             self._opened[name] = open_run(store, name, **self._options_of(name))
         return self._opened[name]
 
-    def free(self, name: str, step: int, path: str) -> Run:
-        """Return the run in which a path may save a step, and may say `overwrite`.
+    def free(self, name: str, step: int, path: str) -> tuple[Run, bool]:
+        """Return the run in which a path may save a step, and whether it is to say `overwrite`.
 
         That is the run `name`, or, if it has the step already, ``name-2``, ``name-3`` and so on: a framework
         may save several checkpoints of one step, and each is a state of its own.  A step that was saved for
-        this path and that no marker there names was left by a kill, and may be saved over.
+        this path and that no marker there names was left by a kill, and is saved over.  Nothing else is: of
+        two jobs that come to a step of one run at once the second is to be told.
 
         Parameters
         ----------
@@ -175,9 +176,9 @@ class Runs:
             run = self.open(name if i == 1 else f"{name}-{i}", create=True)
             _, commit = run.store.refs.slot(run.name, step)
             if commit is None:
-                return run
+                return run, False
             if path_of(commit) == path and not (standing and standing.names(commit)):
-                return run
+                return run, True
         raise AssertionError
 
     def forget(self, marker: Marker) -> None:
@@ -237,6 +238,17 @@ def place_for(path: PathLike) -> str:
     where = Path(path).absolute()
     files.make_directory(where.parent)
     return str(where)
+
+
+def stand_in(path: PathLike, other: PathLike) -> bool:
+    """Have a link to another path stand at one where nothing does; return whether it does.
+
+    It does not where the other is not there, or on a system without links.
+    """
+    where, target = Path(path), Path(other)
+    if _is_url(other) or not target.exists() or os.path.lexists(where):
+        return False
+    return files.link(where, os.path.relpath(target.resolve(), where.parent.resolve()))
 
 
 def take_away(path: PathLike) -> None:

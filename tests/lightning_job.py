@@ -1,4 +1,4 @@
-"""A Trainer on a tiny model: python lightning_job.py STORE DIRECTORY N_EPOCHS WHERE NTH
+"""A Trainer on a tiny model: python lightning_job.py STORE DIRECTORY N_EPOCHS WHERE NTH [background]
 
 It kills itself when it is to do for the nth time what WHERE says: write a manifest, which is in the middle of
 a save; put down a marker, when the step is there already; or forget a step, when its marker is gone already.
@@ -74,6 +74,11 @@ def top(directory, **options):
     return ModelCheckpoint(directory, **given)
 
 
+def linked(directory):
+    """Keeps the last, and a link to it."""
+    return ModelCheckpoint(directory, save_last="link")
+
+
 def fit(io, n_epochs, *checkpoints, ckpt_path=None, seed=0, **options):
     """Train; the losses of each step, and the trainer."""
     torch.manual_seed(seed)
@@ -110,7 +115,10 @@ def die_at(where, nth):
 
 
 if __name__ == "__main__":
-    store, directory, n_epochs, where, nth = sys.argv[1:]
+    store, directory, n_epochs, where, nth, *background = sys.argv[1:]
     quiet()
     die_at(where, int(nth))
-    fit(DeltaCheckpointIO(store), int(n_epochs), top(directory))
+    if background:
+        fit(DeltaCheckpointIO(store, background=True), int(n_epochs), linked(directory))
+    else:
+        fit(DeltaCheckpointIO(store), int(n_epochs), top(directory))

@@ -12,14 +12,16 @@ pytest.importorskip("accelerate")
 
 import accelerate_job  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
+from accelerate.utils import DataLoaderConfiguration, DistributedType  # noqa: E402
 from accelerate_job import Job, ranks_train, trains  # noqa: E402
 from commands import environment  # noqa: E402
 from ranks import run_ranks  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from deltackpt import open_run  # noqa: E402
 from deltackpt.errors import InvalidInputError  # noqa: E402
 from deltackpt.integrations.accelerate import training_of  # noqa: E402
+from deltackpt.integrations.torch import Batches  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -58,6 +60,24 @@ def test_resumed_in_a_pass_or_between_two_the_losses_are_the_same(tmp_path, whol
         state = run.load(at)
     assert set(state) == {"model", "optimizer", "scheduler", "custom", "accelerator", "training"}
     assert trains(tmp_path, N_STEPS, seed=7) == (at, whole[at:])
+
+
+@pytest.mark.parametrize("at", [4, 14, 20])
+def test_a_sampler_with_a_seed_of_its_own_goes_on_with_that(tmp_path, at):
+    def job(seed):
+        return Job(seed, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+
+    ours = job(0)
+    losses = ours.losses()
+    with open_run(tmp_path) as run:
+        list(itertools.islice(losses, at))
+        training_of(ours.accelerator, run, batches=ours.batches).save(at)
+        expected = list(itertools.islice(losses, N_STEPS - at))
+        other = job(5)
+        training_of(other.accelerator, run, batches=other.batches).resume()
+        with pytest.raises(InvalidInputError, match="0 samplers with a seed of their own, had 1"):
+            Batches(DataLoader(torch.ones(4))).load_state_dict(ours.batches.state_dict())
+    assert list(itertools.islice(other.losses(), N_STEPS - at)) == expected
 
 
 def test_each_rank_goes_on_with_its_own_data(tmp_path):

@@ -14,7 +14,7 @@ from deepspeed_job import AT, STEPS, goes_on, resumes  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
 import deltackpt  # noqa: E402
-from deltackpt import gc, open_run  # noqa: E402
+from deltackpt import gc, last, open_run  # noqa: E402
 from deltackpt.errors import InvalidInputError  # noqa: E402
 from deltackpt.integrations.deepspeed import DeltaCheckpointEngine  # noqa: E402
 from deltackpt.markers import Marker  # noqa: E402
@@ -106,6 +106,35 @@ def test_a_moving_loss_scale_comes_back_as_what_it_was(tmp_path):
     found = engine.load(path, map_location=lambda storage, place: storage)["optimizer"]
     assert type(found["loss_scaler"]) is DynamicLossScaler
     assert vars(found["loss_scaler"]) == vars(scaler)
+
+
+def save_tag(engine, directory, step):
+    info = CheckpointCommitInfo(tag=f"global_step{step}", save_dir=str(directory), save_latest=True)
+    engine.create(info)
+    engine.save({"n": step}, f"{directory}/global_step{step}/a.pt")
+    assert engine.commit(info)
+
+
+def test_of_a_job_that_went_back_the_tag_that_latest_names_stays(tmp_path):
+    store, tags = tmp_path / "store", tmp_path / "tags"
+    engine = DeltaCheckpointEngine(store, keep=last(2))
+    for step in (10, 20, 30, 40):
+        save_tag(engine, tags, step)
+    engine = DeltaCheckpointEngine(store, keep=last(2))
+    engine.load(tags / "global_step20" / "a.pt")
+    save_tag(engine, tags, 25)
+    save_tag(engine, tags, 28)  # when it begins, `latest` says 25
+    assert open_run(store, "main.a").steps() == [20, 25, 28, 30, 40]
+    assert engine.load(tags / "global_step25" / "a.pt") == {"n": 25}
+
+
+def test_a_directory_named_by_way_of_another_holds_markers_too(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    engine = DeltaCheckpointEngine(tmp_path / "store")
+    save_tag(engine, "../tags", 3)
+    assert Marker.at(tmp_path / "tags" / "global_step3" / "a.pt").step == 3
+    assert engine.load("../tags/global_step3/a.pt") == {"n": 3}
 
 
 def test_what_is_no_marker_is_not_unpickled_unasked(tmp_path):

@@ -15,14 +15,14 @@ import lightning  # noqa: E402
 import lightning_job  # noqa: E402
 from commands import environment  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning_job import N_BATCHES, Tiny, fit, quiet, top, trainer  # noqa: E402
+from lightning_job import N_BATCHES, Tiny, fit, linked, quiet, top, trainer  # noqa: E402
 
 import deltackpt  # noqa: E402
 from deltackpt import gc, open_run  # noqa: E402
-from deltackpt.errors import InvalidInputError, NotFoundError, StorageError  # noqa: E402
+from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError, StorageError  # noqa: E402
 from deltackpt.export import export  # noqa: E402
 from deltackpt.integrations.lightning import DeltaCheckpointIO  # noqa: E402
-from deltackpt.markers import Marker  # noqa: E402
+from deltackpt.markers import Marker, Runs  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,6 +105,25 @@ def test_killed_it_goes_on_from_the_one_before_with_the_same_losses(tmp_path, wh
     # What was to be forgotten when it was killed is in nobody's way.
     assert sum(map(len, runs_of(store).values())) == len(names) + n_left
     gc.collect(store)
+    assert verify(store, level="decode").clean
+
+
+def test_killed_in_the_background_the_link_leads_to_the_one_before(tmp_path, whole):
+    losses, _, _ = whole
+    store, directory = tmp_path / "store", tmp_path / "ckpts"
+    args = [store, directory, str(N_EPOCHS), "marker", "4", "background"]
+    env = environment(OMP_NUM_THREADS="1")
+    command = [sys.executable, lightning_job.__file__, *args]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    io = DeltaCheckpointIO(store, background=True)
+    assert io.load_checkpoint(directory / "last.ckpt")["global_step"] == 3 * N_BATCHES
+    io.teardown()
+
+    found, _ = fit(io, N_EPOCHS, linked(directory), ckpt_path="last", seed=1)
+
+    assert found == losses[3 * N_BATCHES :]
+    assert io.load_checkpoint(directory / "last.ckpt")["global_step"] == N_EPOCHS * N_BATCHES
     assert verify(store, level="decode").clean
 
 
@@ -212,9 +231,11 @@ def test_a_failed_save_in_the_background_is_raised_and_what_it_was_to_replace_st
     state = {"state_dict": {"w": torch.zeros(3)}, "global_step": 1}
     io.save_checkpoint(state, directory / "a.ckpt")
     io.teardown()
+    io.load_checkpoint(directory / "a.ckpt")
     put = Marker.put
     monkeypatch.setattr(Marker, "put", full)
     io.save_checkpoint({**state, "global_step": 2}, directory / "b.ckpt")
+    assert Marker.at(directory / "b.ckpt").step == 1  # until its own is there
     io.remove_checkpoint(directory / "a.ckpt")
     with pytest.raises(StorageError, match="the disk is full"):
         io.save_checkpoint({**state, "global_step": 3}, directory / "c.ckpt")
@@ -254,6 +275,25 @@ def test_saved_again_at_its_path_a_step_is_there_until_the_new_one_is(tmp_path, 
     io.save_checkpoint({"global_step": 1, "n": 4}, path)
     assert io.load_checkpoint(path)["n"] == 4
     assert sum(map(len, runs_of(store).values())) == 1
+
+
+def test_of_two_jobs_at_one_step_of_a_run_the_second_does_not_save_over_the_first(tmp_path, monkeypatch):
+    ours, theirs = DeltaCheckpointIO(tmp_path / "store"), DeltaCheckpointIO(tmp_path / "store")
+    free = Runs.free
+
+    def they_are_first(runs, *args):
+        found = free(runs, *args)
+        if runs is ours._runs:
+            theirs.save_checkpoint({"global_step": 5, "n": 2}, tmp_path / "theirs.ckpt")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runs, "free", they_are_first)
+        with pytest.raises(AlreadyExistsError, match="run 'main' has step 5"):
+            ours.save_checkpoint({"global_step": 5, "n": 1}, tmp_path / "ours.ckpt")
+    assert theirs.load_checkpoint(tmp_path / "theirs.ckpt")["n"] == 2
+    ours.save_checkpoint({"global_step": 5, "n": 1}, tmp_path / "ours.ckpt")  # in a run of its own
+    assert ours.load_checkpoint(tmp_path / "ours.ckpt")["n"] == 1
 
 
 def test_what_cannot_be_done_is_refused(tmp_path):

@@ -6,14 +6,14 @@ import pytest
 
 from deltackpt import files, open_run
 from deltackpt.errors import InvalidInputError, NotFoundError, StorageError
-from deltackpt.markers import Marker, Runs, check_options, metadata_of, place_for, take_away
+from deltackpt.markers import Marker, Runs, check_options, metadata_of, place_for, stand_in, take_away
 
 GOOD = Marker("/somewhere", "main", 3, "00ff")
 
 
 def save(runs, name, step, path, value):
-    run = runs.free(name, step, str(path))
-    run.save({"n": value}, step=step, metadata=metadata_of(str(path)), overwrite=True)
+    run, overwrite = runs.free(name, step, str(path))
+    run.save({"n": value}, step=step, metadata=metadata_of(str(path)), overwrite=overwrite)
     return Marker.of(run, run.commit(step))
 
 
@@ -31,6 +31,20 @@ def test_it_comes_back_and_a_link_stands_for_what_it_leads_to(tmp_path):
     take_away(link)
     take_away(link)  # not there: nothing to do
     assert Marker.at(path) == GOOD
+
+
+def test_a_link_stands_in_only_where_nothing_is_and_for_what_is_there(tmp_path):
+    (tmp_path / "b").mkdir()
+    path, link = tmp_path / "a", tmp_path / "b" / "link"
+    assert not stand_in(link, path)
+    GOOD.put(path)
+    assert stand_in(link, path)
+    assert (Marker.at(link), Marker.at(link, follow=False)) == (GOOD, None)
+    assert not stand_in(path, link)
+    assert not stand_in(tmp_path / "b" / "no" / "directory", path)
+    other = Marker("/", "other", 1, "")
+    other.put(link)  # in its place, not through it
+    assert (Marker.at(path), Marker.at(link)) == (GOOD, other)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,26 @@ def test_an_error_in_the_background_is_raised_by_the_next_save():
         disk.error = None
         training.save_async(4)
     assert run.steps() == [1, 4]
+
+
+def test_the_step_that_is_still_being_saved_is_what_is_resumed(monkeypatch):
+    class Slow(MemoryBackend):
+        is_slow, has_asked = False, threading.Event()
+
+        def create_once(self, name, data, **options):
+            if self.is_slow and name.startswith("refs/"):
+                self.has_asked.wait(30)
+            return super().create_once(name, data, **options)
+
+    model, disk = nn.Linear(3, 2), Slow()
+    with open_run(disk) as run:
+        training = Training(run, model=model)
+        training.save(1)
+        disk.is_slow = True
+        training.save_async(2)
+        close = run.close
+        monkeypatch.setattr(run, "close", lambda: (disk.has_asked.set(), close()))
+        assert training.resume() == 2
 
 
 # -- ranks

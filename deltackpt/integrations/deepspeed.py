@@ -98,6 +98,8 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         self.allow_pickle = allow_pickle
         self._runs = Runs(self.store, lambda name: options)
         self._resumed: dict[str, int] = {}
+        #: Of the tag that `latest` names: of a job that went back to an older one it is not the highest.
+        self._saved: int | None = None
         self._step = 0
         self._directory = ""
         self._written: list[_Written] = []
@@ -126,16 +128,16 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         """
         try:
             where = place_for(path)
-            if not where.startswith(self._directory):
+            if not os.path.abspath(where).startswith(self._directory):  # noqa: PTH100 - as that is
                 super().save(state_dict, where)
                 return
             before = Marker.at(where, follow=False)
-            run = self._runs.free(self._run_of(where), self._step, where)
+            run, overwrite = self._runs.free(self._run_of(where), self._step, where)
             run.save(
                 _plain(state_dict),
                 step=self._step,
                 metadata=metadata_of(where),
-                overwrite=True,
+                overwrite=overwrite,
                 allow_pickle=self.allow_pickle,
             )
             marker = Marker.of(run, run.commit(self._step))
@@ -159,6 +161,8 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         for one in written:
             if one.before is not None:
                 self._runs.forget(one.before)
+        if info.save_latest:
+            self._saved = self._step
         return True
 
     def load(self, path: PathLike, map_location: Any = None) -> State:
@@ -206,7 +210,9 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
             if path and marker and marker.names(commit):
                 there[commit.slot.step] = commit, path, marker
         commits = {step: commit for step, (commit, _, _) in there.items()}
-        stays = keep.decide(commits, pinned=run.pinned(), resumed=self._resumed.get(run.name))
+        stays = keep.decide(
+            commits, pinned=run.pinned(), resumed=self._resumed.get(run.name), saved=self._saved
+        )
         for step in there.keys() - stays.keys():
             _, path, marker = there[step]
             take_away(path)

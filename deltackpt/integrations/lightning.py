@@ -16,7 +16,16 @@ import threading
 from typing import Any
 
 from deltackpt.errors import InvalidInputError, NotFoundError
-from deltackpt.markers import Marker, PathLike, Runs, check_options, metadata_of, place_for, take_away
+from deltackpt.markers import (
+    Marker,
+    PathLike,
+    Runs,
+    check_options,
+    metadata_of,
+    place_for,
+    stand_in,
+    take_away,
+)
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
 
@@ -85,10 +94,12 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         self._lock = threading.Lock()
         #: The save under way, or None.
         self._landing: _Landing | None = None
+        #: Where what this training saved last is, or what it went on from; None if there is neither.
+        self._landed: str | None = None
         self._error: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"_runs", "_lock", "_landing", "_error"}
+        ours = {"_runs", "_lock", "_landing", "_landed", "_error"}
         return {name: value for name, value in self.__dict__.items() if name not in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,10 +120,10 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         self._settle()
         _check_not_sharded(checkpoint)
         where, step = place_for(path), _step_of(checkpoint, path)
-        run = self._runs.free(self.run, step, where)
+        run, overwrite = self._runs.free(self.run, step, where)
         options: dict[str, Any] = {
             "metadata": metadata_of(where),
-            "overwrite": True,
+            "overwrite": overwrite,
             "allow_pickle": self.allow_pickle,
         }
         # What stands there is replaced; but a link is not what it leads to.
@@ -121,6 +132,9 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         try:
             # A second checkpoint of a step has next to nothing new: no process and no copies for it.
             if self.background and run.name == self.run:
+                # With save_last="link" last.ckpt leads to the path as soon as this returns.  After a kill
+                # before the step is there it would lead nowhere, and Lightning would begin anew.
+                landing.has_stand_in = self._landed is not None and stand_in(where, self._landed)
                 landing.pending = run.save_async(checkpoint, step=step, **options)
             else:
                 run.save(checkpoint, step=step, **options)
@@ -137,6 +151,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         Nothing is unpickled, so `weights_only` matters for real files only.
         """
         self._settle()
+        self._landed = self._landed or os.fspath(path)
         marker = Marker.at(path)
         if marker is None:
             options = {} if map_location is None else {"map_location": map_location}
@@ -168,6 +183,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         try:
             self._settle()
         finally:
+            self._landed = None  # another training may follow
             self._runs.close()
 
     # -- below
@@ -188,6 +204,8 @@ class DeltaCheckpointIO(TorchCheckpointIO):
                 raise NotFoundError(f"run {report.run!r} step {report.step}: was forgotten as it was saved")
             marker = Marker.of(run, commit)
             marker.put(landing.path)
+            landing.has_stand_in = False
+            self._landed = landing.path
             if landing.before is not None and landing.before != marker:
                 self._runs.forget(landing.before)
             with self._lock:
@@ -215,6 +233,8 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         """Leave what was to be removed after a save that failed."""
         with self._lock:
             landing, self._landing = self._landing, None
+        if landing is not None and landing.has_stand_in:
+            take_away(landing.path)
         if landing is not None and landing.removals:
             log.warning("%s is not saved; kept all the same: %s", landing.path, landing.removals)
 
@@ -234,6 +254,7 @@ class _Landing:
         self.path = path
         self.before = before
         self.removals: list[PathLike] = []
+        self.has_stand_in = False
         self.pending: Pending | None = None
 
 

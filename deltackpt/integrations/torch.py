@@ -145,6 +145,8 @@ class Training:
             If a step is asked for by its number, and is not there, or if none is good.
         CorruptError
             If something of it cannot be given back.
+        DeltackptError
+            What made a save in the background fail, if nobody was told yet.
         """
         found_step = _on_first(lambda: self._step(step))
         if found_step is None:
@@ -156,6 +158,7 @@ class Training:
 
     def _step(self, step: int | str) -> int | None:
         """Return which step is meant: one for all ranks, since a later one may be there by now."""
+        self.run.close()  # a save may be under way: it is the latest
         if isinstance(step, str) and self.run.latest() is None:
             return None
         return self.run.commit(step).slot.step
@@ -330,15 +333,24 @@ class Batches:
     def state_dict(self) -> dict[str, Any]:
         """Return how far it is."""
         start = self._start or {"rng": None, "generators": self._generator_states()}
-        return {"epoch": self.epoch, "n_given": self._n_given, **start}
+        seeds = [sampler.initial_seed for sampler in self._seeded()]
+        return {"epoch": self.epoch, "n_given": self._n_given, "seeds": seeds, **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Have the next pass begin where the state was taken."""
+        seeded, seeds = self._seeded(), state["seeds"]
+        if len(seeded) != len(seeds):
+            raise InvalidInputError(
+                f"Batches: the loader has {len(seeded)} samplers with a seed of their own, had {len(seeds)}",
+                hint="make it as it was made when it was saved",
+            )
         self.epoch, self._n_given = state["epoch"], state["n_given"]
         self._start = None
         if self._n_given:
             self._start = {"rng": state["rng"], "generators": state["generators"]}
         self._set_generators(state["generators"])
+        for sampler, seed in zip(seeded, seeds, strict=True):
+            sampler.initial_seed = seed
         self._is_resumed = True
 
     def _drawing(self) -> Iterator[Any]:
@@ -352,8 +364,13 @@ class Batches:
 
     def _generators(self) -> list[torch.Generator]:
         """Return the generators of its own that the loader draws from."""
-        found = [getattr(one, "generator", None) for one in self._drawing()]
+        seeded = {id(sampler) for sampler in self._seeded()}
+        found = [getattr(one, "generator", None) for one in self._drawing() if id(one) not in seeded]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def _seeded(self) -> list[Any]:
+        """Return the samplers that seed their generators in each pass, as Accelerate's with a seed do."""
+        return list({id(one): one for one in self._drawing() if hasattr(one, "initial_seed")}.values())
 
     def _generator_states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators()]

@@ -99,7 +99,8 @@ def resumes_ddp(rank, n, store, n_steps):
         step = training.resume()
         losses = job.losses()
         found = [next(losses) for _ in range(n_steps - step)]
-        return step, found, [told(job.training(run, broken=Broken(rank)), 11), told(training, step)]
+        odd = [job.training(run, odd=part(rank)) for part in (Broken, Unsendable)]
+        return step, found, [told(odd[0], 11), told(training, step), told(odd[1], 12)]
 
 
 class Broken:
@@ -115,6 +116,16 @@ class Broken:
 
     def load_state_dict(self, state):
         pass
+
+
+class Unsendable(Broken):
+    """A loader whose state on one rank cannot be sent to another."""
+
+    def __iter__(self):
+        return iter(())
+
+    def state_dict(self):
+        return {"collate": (lambda items: items) if self.rank == 1 else None}
 
 
 def told(training, step):

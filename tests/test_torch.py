@@ -320,6 +320,9 @@ def told_of_what_fails_on_one_rank(first, second):
     assert second[0] == "RuntimeError: no state today"
     assert first[1].startswith(f"{AlreadyExistsError.__name__}: run 'main' has step 5")
     assert second[1].startswith(f"{AlreadyExistsError.__name__}: rank 0: run 'main' has step 5")
+    place = "state['training']['ranks'][1]['loaders']['odd']['collate']"
+    assert first[2].startswith(f"InvalidInputError: rank 1: {place}")
+    assert second[2].startswith(f"InvalidInputError: {place}")
 
 
 def test_on_ranks_each_goes_on_with_its_own_numbers_and_data(ddp):

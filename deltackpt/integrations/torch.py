@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+from deltackpt import tree
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
@@ -94,7 +95,7 @@ class Training:
         DeltackptError
             As of `deltackpt.Run.save`, on every rank.
         """
-        state = self._state()
+        state = self._state(options.get("allow_pickle", False))
         return _on_first(lambda: self.run.save(state, step=step, **options))
 
     def save_async(self, step: int, **options: Any) -> Pending | None:
@@ -114,7 +115,7 @@ class Training:
         Pending or None
             None on all ranks but the first, and if the save was skipped.
         """
-        state = self._state()
+        state = self._state(options.get("allow_pickle", False))
         begun: list[Pending | None] = []
         _on_first(lambda: begun.append(self.run.save_async(state, step=step, **options)))
         return begun[0] if begun else None
@@ -163,15 +164,19 @@ class Training:
             return None
         return self.run.commit(step).slot.step
 
-    def _state(self) -> State:
+    def _state(self, allow_pickle: bool) -> State:
         """Return what is to be saved; only rank 0 has what all ranks have alike."""
 
         def own() -> dict[str, Any]:
             alike = {n: p.state_dict() for n, p in self.parts.items() if not _is_loader(p)}
             loaders = {n: p.state_dict() for n, p in self.parts.items() if _is_loader(p)}
             kept.update(alike)
-            return {"rng": rng_state(), "loaders": loaders}
+            ours = {"rng": rng_state(), "loaders": loaders}
+            # Here, where it can be told to all: what cannot be sent would leave the other ranks waiting.
+            tree.flatten({_OURS: {"ranks": {rank: ours}}}, allow_pickle=allow_pickle)
+            return ours
 
+        rank, _ = _place()
         kept: dict[str, Any] = {}
         ranks = on_all(own)
         ours = {"parts": list(self.parts), "n_ranks": len(ranks), "ranks": dict(enumerate(ranks))}

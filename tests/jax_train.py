@@ -5,8 +5,6 @@ the process kills itself with SIGKILL in that step's save: before it writes the 
 or after it, if the place is ``after refs/``.
 """
 
-import os
-import signal
 import sys
 
 import flax.linen as nn
@@ -14,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from deaths import die_before
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deltackpt import NotFoundError
-from deltackpt.backends.local import LocalBackend
 from deltackpt.integrations.jax import restore, save
 
 WIDTH = 64
@@ -91,23 +89,6 @@ def trained(state, steps, after=lambda step, state, loss: None):
         losses[step] = float(loss).hex()
         after(step, state, losses[step])
     return state, losses
-
-
-def die_before(place):
-    """Have this process die when its store's backend is about to write there, or has written there."""
-    after, _, prefix = place.rpartition(" ")
-
-    def dying(method):
-        def call(self, name, *args, **options):
-            done = method(self, name, *args, **options) if after else None
-            if name.startswith(prefix):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done if after else method(self, name, *args, **options)
-
-        return call
-
-    LocalBackend.create = dying(LocalBackend.create)
-    LocalBackend.create_once = dying(LocalBackend.create_once)
 
 
 def main(store, n_steps, die_step=None, place=None):

@@ -7,15 +7,14 @@ and the steps there are.  KERAS_BACKEND says on what it runs.
 """
 
 import os
-import signal
 import sys
 
 import keras
 import numpy as np
+from deaths import die_before
 from keras import layers
 
 from deltackpt import open_run
-from deltackpt.backends.local import LocalBackend
 from deltackpt.integrations.keras import DeltaCheckpoint
 
 N_BATCHES = 5
@@ -70,23 +69,6 @@ def trained(model, epochs, *callbacks, first=0, say=lambda *words: None):
         verbose=0,
     )
     return telling.losses
-
-
-def die_before(place):
-    """Have this process die when its store's backend is about to write there, or has written there."""
-    after, _, prefix = place.rpartition(" ")
-
-    def dying(method):
-        def call(self, name, *args, **options):
-            done = method(self, name, *args, **options) if after else None
-            if name.startswith(prefix):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return done if after else method(self, name, *args, **options)
-
-        return call
-
-    LocalBackend.create = dying(LocalBackend.create)
-    LocalBackend.create_once = dying(LocalBackend.create_once)
 
 
 def dies(store, epochs, place):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from deltackpt import planner
 from deltackpt.chains import Copy, as_ids
 from deltackpt.digests import fingerprint
-from deltackpt.memory import Known, Memory
+from deltackpt.memory import Known, Memory, Pieces
 from deltackpt.planner import Candidate, Plan
 from deltackpt.session import Session
 from deltackpt.shadow import Shadow
@@ -47,6 +47,8 @@ class Lacking:
         Those chunks.
     before : Known or None
         What was remembered in this place, cut alike.
+    pieces : Pieces or None
+        If there was nothing in this place: where it stood in others, cut alike.
     source : CastOf or None
     """
 
@@ -54,6 +56,7 @@ class Lacking:
     known: Known
     which: list[int]
     before: Known | None
+    pieces: Pieces | None
     source: CastOf | None
 
 
@@ -112,6 +115,9 @@ class Bases:
                 "previous", t.before.ids[i].tobytes(), data=None if shadow is None else shadow[start:end]
             )
             return
+        if t.pieces is not None:
+            yield Candidate("previous", t.pieces.ids[i].tobytes(), offset=int(t.pieces.offsets[i]))
+            return
         # Cut anew: what stood between the same neighbours may go on where this one ends, or begin before it.
         ids, size = t.known.ids, end - start
         right = self._memory.after(ids[i - 1].tobytes()) if i else None
@@ -128,7 +134,7 @@ class Bases:
             return None
         if not planner.refused(candidate._replace(copy=copy), self._session.store.depth_max):
             return None
-        return Candidate("root", copy.root)
+        return Candidate("root", copy.root, offset=candidate.offset)
 
     def _puts(self, t: Lacking, chunks: list[list[Candidate]], roots: list[list[Candidate]]) -> Iterator[Put]:
         for i, candidates, found in zip(t.which, chunks, roots, strict=True):

@@ -51,6 +51,25 @@ class Known:
     modes: Modes = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Where a tensor's bytes stood in others: cut so that each piece was within one chunk.
+
+    Parameters
+    ----------
+    ends : ndarray of int64, shape (n,)
+        Where the pieces end.
+    ids : ndarray of uint8, shape (n, 32)
+        Of the chunks that they were in.
+    offsets : ndarray of int64, shape (n,)
+        Where in them they began.
+    """
+
+    ends: Ends
+    ids: U8
+    offsets: Ends
+
+
 class Sized(NamedTuple):
     """A chunk: its id and its bytes."""
 
@@ -67,6 +86,11 @@ class Memory:
     glances : Glances
     new_share : float
         The part of its bytes that was new to the store: so much is expected to change again.
+
+    Attributes
+    ----------
+    pieces : dict of str to Pieces
+        By name, tensors that are not remembered as such, but as parts of others.
     """
 
     def __init__(
@@ -74,6 +98,7 @@ class Memory:
     ) -> None:
         self.glances = glances
         self.new_share = new_share
+        self.pieces: dict[str, Pieces] = {}
         self._by_name: dict[str, Known] = {}
         self._by_content: dict[tuple[int, bytes], Known] = {}
         self._after: dict[bytes, Sized] | None = None

@@ -28,7 +28,7 @@ from deltackpt.glances import NONE, Glances, Watch
 from deltackpt.groups import GroupCost
 from deltackpt.index import Rows
 from deltackpt.manifest import Manifest, TensorRow, build_lists
-from deltackpt.memory import Ends, Known, Memory
+from deltackpt.memory import Ends, Known, Memory, Pieces
 from deltackpt.modes import Taken, Tried, kept, learned
 from deltackpt.pack import PackName
 from deltackpt.records import Figures
@@ -265,6 +265,8 @@ class _Pending:
     list_ids : list of bytes
     before : Known or None
         What was there before, cut alike.
+    pieces : Pieces or None
+        See `Lacking`.
     source : CastOf or None
     is_own : bool
         Whether the tensor's bytes are a copy that nobody else has.
@@ -278,6 +280,7 @@ class _Pending:
     lists: list[U8]
     list_ids: list[bytes]
     before: Known | None
+    pieces: Pieces | None
     source: CastOf | None
     is_own: bool
 
@@ -370,17 +373,21 @@ class _Saver:
         if look.is_same and look.before is not None:
             known = look.before if _is_same_row(look.before, look.tensor) else self._renamed(look)
         else:
-            before, ends, fingerprints, whole = self._cut(look, source)
+            # A cast is cut where its source is.
+            pieces = self._memory.pieces.get(look.tensor.name) if source is None else None
+            before, ends, fingerprints, whole = self._cut(look, source, pieces)
             if before is not None and fingerprints == before.fingerprints and self._reusable(before):
                 known = self._renamed(look._replace(before=before))
             else:
-                known = self._changed(look, ends, fingerprints, whole, before, source)
+                known = self._changed(look, ends, fingerprints, whole, before, pieces, source)
         if known.packs is not None:
             self._session.pace.pass_by(look.tensor.size)
         self._knowns[look.at] = known
         return known
 
-    def _cut(self, look: Look, source: CastOf | None) -> tuple[Known | None, Ends, list[bytes], bytes]:
+    def _cut(
+        self, look: Look, source: CastOf | None, pieces: Pieces | None
+    ) -> tuple[Known | None, Ends, list[bytes], bytes]:
         """Return what was there before, and the tensor's cuts, their fingerprints, and its own."""
         tensor, before, fingerprints, whole = look.tensor, look.before, look.fingerprints, b""
         if before is None:
@@ -394,6 +401,8 @@ class _Saver:
                 return before, before.ends, fingerprints, whole or _whole(tensor, fingerprints)
         if source is not None:  # cut where its source is, so that each chunk is the cast of one chunk
             ends = _scaled(source, tensor)
+        elif pieces is not None:
+            ends = pieces.ends
         else:
             ends = self._session.store.chunker.cuts(tensor.data, DTYPE_SIZES[tensor.dtype])
         fingerprints = fingerprint(tensor.data, ends)
@@ -416,6 +425,7 @@ class _Saver:
                 p.known,
                 [i for i, copy in zip(p.asked.tolist(), found, strict=True) if copy is None],
                 p.before,
+                p.pieces,
                 p.source,
             )
             for p, found in zip(group, chunks, strict=True)
@@ -508,6 +518,7 @@ class _Saver:
         fingerprints: list[bytes],
         whole: bytes,
         before: Known | None,
+        pieces: Pieces | None,
         source: CastOf | None,
     ) -> Known:
         """Identify a tensor's chunks and lists, to be put with the group."""
@@ -530,7 +541,9 @@ class _Saver:
         row = _row(tensor, level, root, whole)
         known = Known(row, ends, ids, fingerprints, None, before.modes if before is not None else {})
         self._pending.append(
-            _Pending(look.at, tensor, known, asked, packs, lists, list_ids, before, source, look.is_own)
+            _Pending(
+                look.at, tensor, known, asked, packs, lists, list_ids, before, pieces, source, look.is_own
+            )
         )
         self._pending_size += tensor.size
         return known

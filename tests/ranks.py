@@ -190,6 +190,38 @@ def loads_placed(rank, n, store, dim):
     return torch.equal(state["w"].full_tensor(), grid()), state["r"].tolist(), state["who"]
 
 
+def layers(moved=0.0):
+    """Matrices of one and of several chunks, a long vector and a short one, as after some training."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (1024, 768), "narrow": (770, 97), "flat": (600_001,), "bias": (768,)}
+    found = {}
+    for name, shape in shapes.items():
+        values, steps = (torch.randn(shape, generator=generator) for _ in range(2))
+        found[name] = values * (1 + moved * steps)
+    return found
+
+
+def saves_rows(rank, n, store, step, moved):
+    """Save by rows as FSDP2 does; what it cost."""
+    mesh = init_device_mesh("cpu", (n,))
+    state = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in layers(moved).items()}
+    writer = DeltaStorageWriter(store, step=step)
+    dcp.save(state, storage_writer=writer)
+    return writer.report
+
+
+def loads_rows(rank, n, store, step, moved):
+    """Load by columns, into another number of ranks; whether all is there."""
+    mesh = init_device_mesh("cpu", (n,))
+    expected = layers(moved)
+    state = {
+        name: distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(tensor.ndim - 1)])
+        for name, tensor in expected.items()
+    }
+    dcp.load(state, storage_reader=DeltaStorageReader(store, step=step))
+    return all(torch.equal(state[name].full_tensor(), tensor) for name, tensor in expected.items())
+
+
 def saves_async(rank, n, store, kind):
     mesh = init_device_mesh("cpu", (n,))
     w = distribute_tensor(grid(), mesh, [Shard(0)])

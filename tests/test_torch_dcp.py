@@ -15,7 +15,17 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from faults import contents  # noqa: E402
-from ranks import dies, loads_placed, resumes, run_ranks, saves_async, saves_placed, trains  # noqa: E402
+from ranks import (  # noqa: E402
+    dies,
+    loads_placed,
+    loads_rows,
+    resumes,
+    run_ranks,
+    saves_async,
+    saves_placed,
+    saves_rows,
+    trains,
+)
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # noqa: E402
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType  # noqa: E402
 
@@ -103,6 +113,23 @@ def test_any_placement_is_loaded_into_any_other(tmp_path, n, dim, m, to):
     report = run_ranks(n, saves_placed, store, 1, dim)[0]
     assert report.logical_size == 24 * 24 * 4 + 12
     assert run_ranks(m, loads_placed, store, to) == [(True, [7.0] * 3, "all")] * m
+
+
+def test_on_more_or_fewer_ranks_a_save_costs_what_changed(tmp_path):
+    store = str(tmp_path / "store")
+    first = run_ranks(4, saves_rows, store, 1, 0.0)[0]
+    for step, n in ((2, 2), (3, 3), (4, 4)):
+        report = run_ranks(n, saves_rows, store, step, 0.0)[0]
+        assert report.written_size < 0.01 * report.logical_size
+    # Trained on by other ranks: deltas of what the ranks before had.
+    report = run_ranks(3, saves_rows, store, 5, 1e-4)[0]
+    assert report.written_size < 0.8 * first.written_size
+    for step, moved in ((3, 0.0), (5, 1e-4)):
+        assert run_ranks(2, loads_rows, store, step, moved) == [True] * 2
+    assert verify(store, level="decode").clean
+    open_run(store).forget([1, 2, 3, 4])
+    gc.collect(store)
+    assert run_ranks(2, loads_rows, store, 5, 1e-4) == [True] * 2
 
 
 @pytest.mark.parametrize("kind", [AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS])

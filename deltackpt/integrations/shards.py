@@ -1,6 +1,7 @@
 """Shards: a step of several ranks as a state, and back.
 
-Owns   where each shard stands in the state, what ranks have written put together, reading boxes of shards.
+Owns   where each shard stands in the state, and stood in shards of another number of ranks; what ranks have
+       written put together; reading boxes of shards.
 Never  opens a session, or decides a step.
 
 The state that such a step holds, as any other::
@@ -17,9 +18,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import astuple
 from operator import gt
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,14 +45,19 @@ from torch.distributed.checkpoint.planner import (
 from deltackpt import leaves, loader, tree
 from deltackpt.errors import ConflictError, CorruptError, InvalidInputError
 from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.memory import Known, Memory, Pieces
 from deltackpt.records import Commit, Figures
 from deltackpt.run import Run
 from deltackpt.session import Part
 from deltackpt.structure import Json, Leaf, view_node
 from deltackpt.tally import folded
-from deltackpt.types import State
+from deltackpt.types import Deferred, State, Tensor
 
 _KINDS = ("tensors", "values")
+#: What a shard is called: its offsets.
+_OFFSETS = r"[0-9]{1,18}(,[0-9]{1,18})*"
+#: A chunk costs some 180 bytes beside its own: pieces are not to be smaller on average.
+_PIECE_SIZE = 16 << 10
 _KEYS = (*_KINDS, "sizes", "requires_grad", "planner_data")
 
 
@@ -93,6 +101,67 @@ def of_rank(items: Sequence[WriteItem], planner: SavePlanner) -> State:
 def _key(index: MetadataIndex) -> str:
     """Return what a shard is called: its offsets, 0 of a scalar."""
     return ",".join(map(str, index.offset or (0,)))
+
+
+class _Band(NamedTuple):
+    """What shards have in common that are rows of the same columns of a tensor."""
+
+    tensor: str
+    dtype: str
+    columns: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def resharded(memory: Memory, tensors: Sequence[Tensor | Deferred]) -> Memory:
+    """Return a memory that knows where new shards stood in others: there are more or fewer ranks than before.
+
+    Only shards by rows, which are contiguous in each other; those that were sharded by columns too are
+    compared with shards of the same columns.
+    """
+    new = [tensor for tensor in tensors if tensor.size and memory.same_place(tensor) is None]
+    bands: dict[_Band, list[tuple[int, Known]]] = {}
+    for known in memory if new else ():
+        found = _place(known.row)
+        if found is not None:
+            bands.setdefault(found[0], []).append((found[1], known))
+    for shards in bands.values():
+        shards.sort(key=lambda shard: shard[0])
+    for tensor in new:
+        found = _place(tensor)
+        pieces = _pieces(found[1], tensor.size, bands.get(found[0], [])) if found is not None else None
+        if pieces is not None:
+            memory.pieces[tensor.name] = pieces
+    return memory
+
+
+def _place(tensor: Tensor | Deferred | TensorRow) -> tuple[_Band, int] | None:
+    """Return the band of a shard, and at which of its bytes it begins; None of what is not called as one."""
+    name, _, key = tensor.name.rpartition(".")
+    if not re.fullmatch(_OFFSETS, key) or not tensor.shape:
+        return None
+    row, *columns = map(int, key.split(","))
+    if len(columns) + 1 != len(tensor.shape):
+        return None
+    band = _Band(name, tensor.dtype, tuple(columns), tensor.shape[1:])
+    return band, row * (tensor.size // tensor.shape[0])
+
+
+def _pieces(start: int, size: int, shards: Sequence[tuple[int, Known]]) -> Pieces | None:
+    """Return where bytes of a band stood in its shards; None if some did not, or in too many chunks."""
+    at, stop = start, start + size
+    parts = []
+    for first, known in shards:
+        borders = first + np.concatenate([[0], known.ends])
+        if not first <= at < min(stop, borders[-1]):
+            continue
+        i, j = np.searchsorted(borders, at, "right") - 1, np.searchsorted(borders[:-1], stop)
+        starts, ends = np.maximum(borders[i:j], at), np.minimum(borders[i + 1 : j + 1], stop)
+        parts.append(Pieces(ends - start, known.ids[i:j], starts - borders[i:j]))
+        at = int(ends[-1])
+    n = sum(len(part.ends) for part in parts)
+    if at < stop or n > max(1, size // _PIECE_SIZE):
+        return None
+    return Pieces(*(np.concatenate(columns) for columns in zip(*map(astuple, parts), strict=True)))
 
 
 def together(metadata: Metadata, everything: Sequence[Written]) -> Manifest:
@@ -204,7 +273,7 @@ class Step(NamedTuple):
                 raise CorruptError(f"tensor {fqn!r}: has no shards, or no size")
             for key, leaf in shards.items():
                 is_array = isinstance(leaf, Leaf) and self.manifest.tensors[leaf.at].framework == "torch"
-                if not is_array or not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", str(key)):
+                if not is_array or not re.fullmatch(_OFFSETS, str(key)):
                     raise CorruptError(f"tensor {fqn!r}: shard {key!r} is no tensor, or not at offsets")
                 loader.check_inside(self.manifest.tensors[leaf.at], leaf)
                 shape = self._shape(leaf)

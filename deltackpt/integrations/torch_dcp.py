@@ -39,7 +39,8 @@ from torch.futures import Future
 from deltackpt import snapshot
 from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError
-from deltackpt.integrations.shards import Step, Written, changed, figures_of, of_rank, together
+from deltackpt.integrations.shards import Step, Written, changed, figures_of, of_rank, resharded, together
+from deltackpt.memory import Memory
 from deltackpt.records import Commit, Fence, SessionName, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Rule
@@ -47,7 +48,7 @@ from deltackpt.run import check_metadata, check_metrics, open_run
 from deltackpt.saver import Saver, What
 from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Store, open_store
-from deltackpt.types import State
+from deltackpt.types import Deferred, State, Tensor
 
 log = logging.getLogger("deltackpt")
 
@@ -212,9 +213,13 @@ class DeltaStorageWriter(StorageWriter):
 
     def _write(self, state: State, saver: Saver) -> Written:
         assert self.step is not None
+
+        def before(tensors: Sequence[Tensor | Deferred]) -> Memory:
+            return resharded(saver.before(tensors), tensors)
+
         session = saver.open(What(self.step, {}, {}, self.overwrite, self.optimize))
         with session.losing(), session:
-            saved = snapshot.save(session, state, saver.before, saver.shadow, allow_pickle=self.allow_pickle)
+            saved = snapshot.save(session, state, before, saver.shadow, allow_pickle=self.allow_pickle)
             session.publish(None)
             packs, rows = session.packs(), session.rows()
             figures = saved.figures(session)

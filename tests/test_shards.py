@@ -1,0 +1,88 @@
+"""Shards of a tensor: where those of one number of ranks stood in those of another."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+from deltackpt.integrations.shards import resharded
+from deltackpt.manifest import TensorRow
+from deltackpt.memory import Known, Memory
+from deltackpt.types import Tensor
+
+COLUMNS, ITEMSIZE = 5, 4
+
+
+def shard(name, rows, data):
+    return Tensor(name, "float32", (rows, COLUMNS), "torch", data)
+
+
+def remembered(name, rows, data, cuts):
+    """A shard as a save before has left it; the ids of its chunks are their bytes."""
+    ends = np.array([*cuts, data.size])
+    chunks = np.split(data, cuts)
+    ids = np.zeros((len(ends), 32), np.uint8)
+    ids[:, :8] = [list(hash(chunk.tobytes()).to_bytes(8, "little", signed=True)) for chunk in chunks]
+    row = TensorRow(name, "float32", (rows, COLUMNS), "torch", data.size, 0, b"", name.encode())
+    chunk_of = {i.tobytes(): chunk for i, chunk in zip(ids, chunks, strict=True)}
+    return Known(row, ends, ids, None, None), chunk_of
+
+
+def partition(n, borders):
+    edges = sorted({0, n, *(b for b in borders if b < n)})
+    return list(pairwise(edges))
+
+
+@given(
+    st.integers(1, 40_000),
+    st.lists(st.integers(1, 40_000), max_size=6),
+    st.lists(st.integers(1, 40_000), max_size=6),
+    st.lists(st.floats(0.01, 0.99), max_size=4),
+)
+def test_pieces_are_the_bytes_they_stand_for(n_rows, before, after, cuts):
+    row_size = COLUMNS * ITEMSIZE
+    data = np.random.default_rng(0).integers(0, 256, n_rows * row_size, np.uint8)
+    memory, chunks = Memory(), {}
+    for a, b in partition(n_rows, before):
+        part = data[a * row_size : b * row_size]
+        at = sorted({int(part.size * c) // ITEMSIZE * ITEMSIZE for c in cuts} - {0, part.size})
+        known, found = remembered(f"tensors.layer.w.{a},0", b - a, part, at)
+        memory.add(known)
+        chunks |= found
+    new = [
+        shard(f"tensors.layer.w.{a},0", b - a, data[a * row_size : b * row_size])
+        for a, b in partition(n_rows, after)
+    ]
+    pieces = resharded(memory, new).pieces
+    for tensor in new:
+        if tensor.name not in pieces:
+            n_at_most = (len(cuts) + 1) * (len(before) + 1)
+            assert memory.same_place(tensor) is not None or tensor.size < n_at_most * (16 << 10)
+            continue
+        p = pieces[tensor.name]
+        assert p.ends[-1] == tensor.size
+        assert len(p.ends) <= max(1, tensor.size // (16 << 10))
+        for start, end, i, offset in zip([0, *p.ends], p.ends, p.ids, p.offsets, strict=False):
+            piece = chunks[i.tobytes()][offset : offset + end - start]
+            assert np.array_equal(piece, tensor.data[start:end])
+
+
+def test_what_was_not_there_before_in_whole_has_no_pieces():
+    data = np.zeros(100_000 * COLUMNS * ITEMSIZE, np.uint8)
+    memory = Memory([remembered("tensors.w.0,0", 60_000, data[: 60_000 * 20], [])[0]])
+    new = [
+        shard("tensors.w.50000,0", 50_000, data[50_000 * 20 :]),  # ends later
+        shard("tensors.v.0,0", 50_000, data[: 50_000 * 20]),  # another tensor
+        shard("tensors.w.0,5", 50_000, data[: 50_000 * 20]),  # other columns
+        Tensor("tensors.w.0,0", "int32", (50_000, COLUMNS), "torch", data[: 50_000 * 20]),
+        Tensor("tensors.w.0", "float32", (250_000,), "torch", data[: 50_000 * 20]),
+        Tensor("tensors.w", "float32", (50_000, COLUMNS), "torch", data[: 50_000 * 20]),
+    ]
+    assert not resharded(memory, new).pieces
+    assert list(resharded(memory, [shard("tensors.w.7,0", 50_000, data[7 * 20 : 50_007 * 20])]).pieces) == [
+        "tensors.w.7,0"
+    ]

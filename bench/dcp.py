@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import socket
 import statistics
 import tempfile
@@ -62,6 +63,7 @@ def in_ranks(n: int, work: Callable[..., None], *args: Any) -> None:
 
 def _rank(rank: int, n: int, port: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(n)  # as torchrun does
     dist.init_process_group("cpu:gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=n)
     work(rank, *args)
     dist.barrier()

@@ -17,8 +17,14 @@ R = TypeVar("R")
 
 
 def n_threads() -> int:
-    """Return how many threads encode and decode: one a core this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Return how many threads encode and decode: one a core that is this process's, at most 8.
+
+    The ranks of a job that are on one machine share its cores: ``LOCAL_WORLD_SIZE``, as torchrun and its like
+    set it, says how many they are.
+    """
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, min(8, n_cores // max(1, int(n_ranks) if n_ranks.isdecimal() else 1)))
 
 
 def submit(pool: ThreadPoolExecutor, function: Callable[..., R], *args: Any) -> Future[R]:

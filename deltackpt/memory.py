@@ -155,11 +155,11 @@ class Memory:
                 self._before[right.id] = left
 
     @classmethod
-    def from_store(cls, store: Store, manifest: Manifest) -> Memory:
+    def from_store(cls, store: Store, manifest: Manifest, *, new_share: float = 1.0) -> Memory:
         """Read a snapshot's lists, and none of its tensors."""
         rows = [row for row in manifest.tensors if row.size]
         lists = resolve(store, rows)
-        return cls(
+        tensors = (
             Known(
                 row,
                 np.cumsum(chunks["size"].astype(np.int64)),
@@ -169,3 +169,4 @@ class Memory:
             )
             for row, chunks in zip(rows, lists, strict=True)
         )
+        return cls(tensors, new_share=new_share)

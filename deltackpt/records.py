@@ -151,6 +151,11 @@ class Figures:
     groups: list[GroupCost] = field(default_factory=list)
     energy: Energy | None = None
 
+    @property
+    def new_share(self) -> float:
+        """The part of the state's bytes that the store did not have; all of none."""
+        return min(1.0, self.new_size / self.logical_size) if self.logical_size else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

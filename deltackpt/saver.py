@@ -113,7 +113,8 @@ class Saver:
             if self.last_step is None:
                 self.found_step = commit.slot.step
             self.last_step = commit.slot.step
-            self.memory = Memory.from_store(self.store, self.store.read_manifest(commit))
+            manifest = self.store.read_manifest(commit)
+            self.memory = Memory.from_store(self.store, manifest, new_share=commit.figures.new_share)
         except (CorruptError, NotFoundError) as e:
             # A damaged step must not keep the next one from being saved, whole if need be.
             log.warning("run %r: %s; saving without the step before", self.run, e.message)

@@ -297,6 +297,22 @@ def test_a_fast_disk_gets_raw_chunks_and_deltas_on_top_of_them(monkeypatch):
     assert same(open_run(backend).load(1), second)
 
 
+def test_a_process_that_has_just_started_expects_as_much_to_change_as_last_time(monkeypatch):
+    monkeypatch.setattr(deltackpt.efforts, "WHOLE_CPU_S", 0.0)
+    monkeypatch.setattr(deltackpt.efforts, "SMALL_SIZE", 2 << 20)
+    monkeypatch.setattr(deltackpt.session, "_BATCH_SIZE", 1 << 18)
+    backend = MemoryBackend()
+    state = {"w": weights(200_000), "z frozen": weights(4_000_000)}
+    for step in range(3):
+        run = open_run(backend)
+        run.store.rates = fast = Rates(1e-12)
+        fast.wrote = lambda size, seconds: None
+        state["w"] = state["w"] * np.float32(1.0001)
+        report = run.save(state, step=step)
+        assert ("raw" in report.efforts) == (step < 2)  # the step before was all new, then hardly any of it
+    assert same(open_run(backend).load(2), state)
+
+
 def test_what_a_run_is_opened_with_goes_for_saves_in_the_background_too(tmp_path, monkeypatch):
     with open_run(tmp_path / "store", optimize="bytes") as run:
         state = next(training(1))

@@ -18,7 +18,7 @@ from deltackpt import kin, snapshot
 from deltackpt.efforts import Optimize
 from deltackpt.energy import Energy, moved_size
 from deltackpt.errors import CorruptError, DeltackptError, NotFoundError, StorageError
-from deltackpt.manifest import Manifest
+from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.memory import Memory
 from deltackpt.records import Figures
 from deltackpt.report import SaveReport
@@ -62,6 +62,8 @@ class What(NamedTuple):
 
 #: Given how many bytes a save has moved, and how many written, returns the energy it took so far.
 Taken: TypeAlias = Callable[[int, int], Energy]
+#: Given the tensors of the step before, returns those that are worth remembering.
+Choose: TypeAlias = Callable[[list[TensorRow]], list[TensorRow]]
 #: See `snapshot.save_looks`.
 Walk: TypeAlias = Callable[[Callable[[], int]], Iterable[Look]]
 
@@ -101,8 +103,8 @@ class Saver:
         self.memory = None
         self.shadow.clear()
 
-    def prepare(self) -> None:
-        """Read the lists of the run's latest snapshot, unless one is remembered."""
+    def prepare(self, choose: Choose = list) -> None:
+        """Read the lists of the run's latest snapshot, unless one is remembered: of the tensors chosen."""
         if self.memory is not None:
             return
         try:
@@ -114,7 +116,8 @@ class Saver:
                 self.found_step = commit.slot.step
             self.last_step = commit.slot.step
             manifest = self.store.read_manifest(commit)
-            self.memory = Memory.from_store(self.store, manifest, new_share=commit.figures.new_share)
+            chosen = Manifest(manifest.structure, choose(manifest.tensors))
+            self.memory = Memory.from_store(self.store, chosen, new_share=commit.figures.new_share)
         except (CorruptError, NotFoundError) as e:
             # A damaged step must not keep the next one from being saved, whole if need be.
             log.warning("run %r: %s; saving without the step before", self.run, e.message)
@@ -144,9 +147,9 @@ class Saver:
             except DeltackptError as e:
                 log.info("run %r is passed over as a base: %s", commit.slot.run, e.message)
 
-    def open(self, what: What) -> Session:
-        """Open the session that is to commit a step."""
-        self.prepare()
+    def open(self, what: What, choose: Choose = list) -> Session:
+        """Open the session that is to commit a step; see `prepare`."""
+        self.prepare(choose)
         return Session(self.store, self.run, what.step, overwrite=what.overwrite, optimize=what.optimize)
 
     def save(

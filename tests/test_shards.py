@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from deltackpt.integrations.shards import resharded
+from deltackpt.integrations.shards import needed, resharded
 from deltackpt.manifest import TensorRow
 from deltackpt.memory import Known, Memory
 from deltackpt.types import Tensor
@@ -86,3 +86,22 @@ def test_what_was_not_there_before_in_whole_has_no_pieces():
     assert list(resharded(memory, [shard("tensors.w.7,0", 50_000, data[7 * 20 : 50_007 * 20])]).pieces) == [
         "tensors.w.7,0"
     ]
+
+
+def test_a_rank_remembers_its_own_shards_unless_they_are_others():
+    data = np.zeros(COLUMNS * ITEMSIZE, np.uint8)
+    names = ["tensors.w.0,0", "tensors.w.1,0", "tensors.v.0,0", "tensors.v.1,0", "values.numbers"]
+    rows = [remembered(name, 1, data, [])[0].row for name in names]
+
+    def found(**shards):
+        tensors = {
+            fqn: {key: np.zeros(shape) for key, shape in of.items()}  # of which it is only asked how large
+            for fqn, of in shards.items()
+        }
+        return [row.name for row in needed(rows, {"tensors": tensors})]
+
+    own = (1, COLUMNS)
+    assert found(w={"0,0": own}, v={"1,0": own}) == ["tensors.w.0,0", "tensors.v.1,0", "values.numbers"]
+    assert found(w={"0,0": own}, new={"0,0": own}) == ["tensors.w.0,0", "values.numbers"]
+    assert found(w={"0,0": own}, v={"2,0": own}) == names
+    assert found(w={"0,0": (2, COLUMNS)}) == names

@@ -103,6 +103,22 @@ def _key(index: MetadataIndex) -> str:
     return ",".join(map(str, index.offset or (0,)))
 
 
+def needed(rows: list[TensorRow], state: State) -> list[TensorRow]:
+    """Return of a step's tensors those that a rank saves again: of a thousand ranks' a thousandth.
+
+    All of them, if it has other shards of the same tensors.
+    """
+    mine = {
+        (f"tensors.{fqn}.{key}", tuple(shard.shape))
+        for fqn, shards in state["tensors"].items()
+        for key, shard in shards.items()
+    }
+    found = [row for row in rows if (row.name, row.shape) in mine or not row.name.startswith("tensors.")]
+    new = mine - {(row.name, row.shape) for row in found}
+    others = {name.rpartition(".")[0] for name, _ in new}
+    return rows if any(row.name.rpartition(".")[0] in others for row in rows) else found
+
+
 class _Band(NamedTuple):
     """What shards have in common that are rows of the same columns of a tensor."""
 

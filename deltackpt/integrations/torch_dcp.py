@@ -39,7 +39,16 @@ from torch.futures import Future
 from deltackpt import snapshot
 from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError
-from deltackpt.integrations.shards import Step, Written, changed, figures_of, of_rank, resharded, together
+from deltackpt.integrations.shards import (
+    Step,
+    Written,
+    changed,
+    figures_of,
+    needed,
+    of_rank,
+    resharded,
+    together,
+)
 from deltackpt.memory import Memory
 from deltackpt.records import Commit, Fence, SessionName, check_run, check_step
 from deltackpt.report import SaveReport
@@ -217,7 +226,8 @@ class DeltaStorageWriter(StorageWriter):
         def before(tensors: Sequence[Tensor | Deferred]) -> Memory:
             return resharded(saver.before(tensors), tensors)
 
-        session = saver.open(What(self.step, {}, {}, self.overwrite, self.optimize))
+        what = What(self.step, {}, {}, self.overwrite, self.optimize)
+        session = saver.open(what, lambda rows: needed(rows, state))
         with session.losing(), session:
             saved = snapshot.save(session, state, before, saver.shadow, allow_pickle=self.allow_pickle)
             session.publish(None)

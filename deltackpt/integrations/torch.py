@@ -176,14 +176,14 @@ class Training:
             tree.flatten({_OURS: {"ranks": {rank: ours}}}, allow_pickle=allow_pickle)
             return ours
 
-        rank, _ = _place()
+        rank, _ = place()
         kept: dict[str, Any] = {}
         ranks = on_all(own)
         ours = {"parts": list(self.parts), "n_ranks": len(ranks), "ranks": dict(enumerate(ranks))}
         return {**kept, _OURS: ours}
 
     def _load(self, step: int, strict: bool, allow_pickle: bool) -> None:
-        rank, n_ranks = _place()
+        rank, n_ranks = place()
         there, n_saved = self._content(step)
         wrong = [f"part {name!r}: is not in the step" for name in self.parts if name not in there]
         wrong += [
@@ -457,7 +457,7 @@ def _warn(where: str, lines: Iterable[str]) -> None:
 # -- ranks
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """Return this process's rank, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -470,7 +470,7 @@ def on_all(do: Callable[[], T]) -> list[T]:
     If it fails on one, all raise, so that none waits for ever.  All must call this; of a single process it is
     the call and no more.
     """
-    rank, n_ranks = _place()
+    rank, n_ranks = place()
     if n_ranks == 1:
         return [do()]
     result, failure, told = None, None, None
@@ -488,7 +488,7 @@ def on_all(do: Callable[[], T]) -> list[T]:
 
 def _on_first(do: Callable[[], T]) -> T:
     """Return what it gives on rank 0, on all ranks."""
-    rank, _ = _place()
+    rank, _ = place()
     first: T = on_all(lambda: do() if rank == 0 else None)[0]  # type: ignore[assignment]
     return first
 

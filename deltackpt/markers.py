@@ -22,7 +22,7 @@ from deltackpt import files
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
 from deltackpt.records import Commit
 from deltackpt.run import Run, open_run
-from deltackpt.store import open_store
+from deltackpt.store import Store, open_store
 
 log = logging.getLogger("deltackpt")
 
@@ -151,10 +151,15 @@ class Runs:
             If there is no store, and `create` is false.
         """
         if name not in self._opened:
-            one = next(iter(self), None)
-            store = one.store if one else open_store(self.store, create=create)
-            self._opened[name] = open_run(store, name, **self._options_of(name))
+            self._opened[name] = open_run(self._store(create), name, **self._options_of(name))
         return self._opened[name]
+
+    def names(self) -> list[str]:
+        """Return the names of all runs that the store has, sorted; none if there is no store."""
+        try:
+            return self._store(create=False).refs.runs()
+        except NotFoundError:
+            return []
 
     def free(self, name: str, step: int, path: str) -> tuple[Run, bool]:
         """Return the run in which a path may save a step, and whether it is to say `overwrite`.
@@ -191,6 +196,10 @@ class Runs:
             pass  # others were first
         except DeltackptError as e:
             log.warning("run %r step %d is not forgotten: %s", marker.run, marker.step, e.message)
+
+    def _store(self, create: bool) -> Store:
+        one = next(iter(self), None)
+        return one.store if one else open_store(self.store, create=create)
 
     def close(self) -> None:
         """Close all of them; they are opened anew when they are asked for."""
@@ -254,6 +263,18 @@ def stand_in(path: PathLike, other: PathLike) -> bool:
 def take_away(path: PathLike) -> None:
     """Remove a marker; durable on return."""
     files.remove(Path(path))
+
+
+def text_at(path: PathLike) -> str | None:
+    """Return the small text that a framework keeps beside its markers; None if there is none.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    data = files.read_small(Path(path), _SIZE_MAX)
+    return None if data is None else data.decode(errors="replace")
 
 
 def _is_url(path: PathLike) -> bool:

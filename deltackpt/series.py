@@ -35,8 +35,11 @@ _N_PARTS = 2  # of a path that is alone: the file and its directory
 _PART = re.compile(r"\d+-of-0*(\d+)", re.ASCII)
 #: A whole number: not one with a decimal point, as in ``loss=0.25``.
 _NUMBER = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)", re.ASCII)
-#: One that is called a step: ``step_100``, ``step=100``, ``global_step100``.
-_STEP = re.compile(rf"steps?[-_= ]?{_NUMBER.pattern}", re.ASCII | re.IGNORECASE)
+#: What a number of steps is called, the best first: ``step_100``, ``global_step100``, ``iter_0000100``.
+_WORDS = ("step", r"(?<![a-z])iter(?:ation)?", r"(?<![a-z])(?:checkpoint|ckpt)", r"(?<![a-z])epoch")
+_STEP, *_LIKE_STEP = (
+    re.compile(rf"{word}s?[-_= ]?{_NUMBER.pattern}", re.ASCII | re.IGNORECASE) for word in _WORDS
+)
 #: What a checkpoint of some step is called: ``step_100``, ``checkpoint-100``, ``epoch=3``, ``iter_0000100``.
 _CALLED = re.compile(r"(?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?\d", re.ASCII | re.IGNORECASE)
 #: Files that a folder of checkpoints may hold; Lightning's are torch's by another name.
@@ -144,10 +147,12 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
     """Read from the names of files which step each of them is.
 
     The number that follows the word ``step``, if every path has one and they are not all the same; else the
-    last number that is not the same in all paths, counted from the end.  A number is a run of digits without
-    a decimal point, and not the ``2-of-8`` of a part; names that have not the same count of them are not
-    compared.  A directory counts as a part of the name.  A path that is alone has nothing to differ from: it
-    takes the last number of its file's and its directory's name.
+    number that follows ``iter`` or ``iteration``, ``checkpoint`` or ``ckpt``, ``epoch``, the first of them
+    that every path has and no two have the same; else the last number that is not the same in all paths,
+    counted from the end.  A number is a run of digits without a decimal point, and not the ``2-of-8`` of a
+    part; names that have not the same count of them are not compared.  A directory counts as a part of the
+    name.  A path that is alone has nothing to differ from: of the names of its file and its directory it
+    takes the number that follows such a word, else the last.
 
     Parameters
     ----------
@@ -169,8 +174,8 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
     {'run2/step_000020.pt': 20, 'run2/step_000100.pt': 100}
     >>> list(steps_of(["epoch=3-step=1200.pt", "epoch=4-step=1600.pt"]).values())
     [1200, 1600]
-    >>> list(steps_of(["checkpoint-500/model.safetensors", "checkpoint-1000/model.safetensors"]).values())
-    [500, 1000]
+    >>> list(steps_of(["checkpoint-100-20261128", "checkpoint-200-20261129"]).values())
+    [100, 200]
     """
     by_text = {str(path): path for path in paths}
     texts = list(by_text)
@@ -190,12 +195,17 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
 
 
 def _called_steps(names: Sequence[str]) -> list[str | None] | None:
-    """Return the numbers that are called steps, if they tell the names apart."""
-    found = [_STEP.findall(name) for name in names]
-    if not all(found):
-        return None
-    last = [numbers[-1] for numbers in found]
-    return last if len(last) == 1 or len(set(map(_value, last))) > 1 else None
+    """Return the numbers that follow a word as ``step`` or ``checkpoint``, if they tell the names apart."""
+    for called in (_STEP, *_LIKE_STEP):
+        found = [called.findall(name) for name in names]
+        last = [numbers[-1] for numbers in found if numbers]
+        n_values = len(set(map(_value, last)))
+        # Two names of one step are an error.  But there may be several of an epoch, and what fairseq calls
+        # checkpoint_1_500 and checkpoint_1_1000: then another number is the step.
+        n_wanted = min(2, len(names)) if called is _STEP else len(names)
+        if all(found) and n_values >= n_wanted:
+            return list(last)
+    return None
 
 
 def _last_that_differ(names: Sequence[str]) -> list[str | None]:

@@ -103,3 +103,21 @@ def resumes(rank, n, base, stage):
     again = engine_of(rank, stage, store, seed=4)
     again.load_checkpoint(tags)
     return losses, told, trained(again, [STEPS]) == trained(engine, [STEPS])
+
+
+def thins(rank, n, base, stage):
+    """Save a tag twice; go on from it by its weights alone; the markers of each tag, and which tags load."""
+    store, tags = f"{base}/thinned/store", f"{base}/thinned/tags"
+    engine = engine_of(rank, stage, store, keep=last(1))
+    for step in range(3):
+        trained(engine, [step])
+        engine.save_checkpoint(tags)
+    engine.save_checkpoint(tags)
+    for _ in range(2):
+        engine = engine_of(rank, stage, store, keep=last(1))
+        engine.load_checkpoint(tags, load_optimizer_states=False, load_lr_scheduler_states=False)
+        trained(engine, [3])
+        engine.save_checkpoint(tags)
+    found = sorted(Path(tags).glob("global_step*"))
+    names = [sorted(file.name for file in tag.iterdir()) for tag in found]
+    return names, [engine.load_checkpoint(tags, tag.name)[0] for tag in found if any(tag.iterdir())]

@@ -20,6 +20,7 @@ from deltackpt.errors import CorruptError
 from deltackpt.format import NO_BASE, PACK_HEADER, PACK_TRAILER, RECORD_HEADER, ROW, seal, unseal
 from deltackpt.index import Index, Segment
 from deltackpt.liveness import Liveness
+from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName
 from deltackpt.rebase import Link, Rebase
 from deltackpt.records import Figures, GcRecord
@@ -335,6 +336,57 @@ def test_another_copy_of_any_link_serves(link):
         put_one(session, arrays[link])
         session.publish(None)
     assert all(in_store(array, store) for array in arrays)
+
+
+def tensor_row(array):
+    """A tensor that is one chunk."""
+    return TensorRow("w", "float32", array.shape, "numpy", array.nbytes, 0, id_of(array), b"")
+
+
+def with_several_copies():
+    """Of a there are two copies, both whole; of b one against a and one against z, of c against b and z."""
+    a, b, c = series(3)
+    z = nearly(a, 9)
+    store = a_store()
+    for step, (array, base) in enumerate([(a, None), (a, None), (z, None), (b, a), (b, z), (c, b), (c, z)]):
+        with Session(store, "main", step) as session:
+            put_one(session, array, base)
+            session.publish(None)
+    return store, [a, b, c, z]
+
+
+def test_a_chunk_is_read_if_it_can_be_from_any_copies_whatever_else_is_damaged():
+    store, arrays = with_several_copies()
+    objects, index = contents(store.backend), store.refresh(complete=True)
+    rows = [row for array in arrays for row in index.copies(id_of(array))]
+    keys = [store.pack_name(int(row["pack"])).key for row in rows]
+    assert len(set(keys)) == 7
+
+    spoilt = {}
+    for row, key in zip(rows, keys, strict=True):
+        data = bytearray(objects[key])
+        data[int(row["offset"]) + RECORD_HEADER.size + int(row["stored_size"]) - 1] ^= 1
+        spoilt[key] = bytes(data)
+
+    def is_good(chunk_id, below, bad):
+        return any(
+            row["id"].tobytes() == chunk_id and row["depth"] < below and key not in bad
+            and (not row["depth"] or is_good(row["base"].tobytes(), row["depth"], bad))
+            for row, key in zip(rows, keys, strict=True)
+        )  # fmt: skip
+
+    for bad in itertools.chain.from_iterable(itertools.combinations(keys, n) for n in range(8)):
+        left = open_store(memory_of(objects | {key: spoilt[key] for key in bad}))
+        good = [array for array in arrays if is_good(id_of(array), DEPTH_MAX + 1, bad)]
+        for array in arrays:
+            if any(array is one for one in good):
+                assert in_store(array, left)
+            else:
+                with pytest.raises(CorruptError):
+                    read(left, array)
+        outs = [np.empty(array.nbytes, np.uint8) for array in good]
+        restore.fill(left, [(tensor_row(array), out) for array, out in zip(good, outs, strict=True)])
+        assert all((out == array.view(np.uint8)).all() for array, out in zip(good, outs, strict=True))
 
 
 def index_of(rows):

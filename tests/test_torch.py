@@ -184,7 +184,60 @@ def test_what_has_no_state_is_refused_by_its_name(tmp_path):
         Batches([1, 2])
 
 
+@pytest.mark.parametrize("name", ["a[0]*", "a?", "*", "a["])
+def test_a_name_that_is_a_pattern_is_refused_before_anything_is_saved(tmp_path, name):
+    with pytest.raises(InvalidInputError, match="no part can be called") as e:
+        Training(open_run(tmp_path), **{name: nn.Linear(1, 1)})
+    assert "without * ? [" in e.value.hint
+
+
+def test_a_name_within_another_is_refused_and_any_other_comes_back(tmp_path):
+    job = Job()
+    for inner, outer in (("model.opt", "model"), ("training.ranks.0", "training")):
+        with pytest.raises(InvalidInputError, match=f"'{inner}' is one in '{outer}' by its name"):
+            Training(open_run(tmp_path), **{"model": job.model, inner: job.optimizer})
+    parts = {
+        "a.b": nn.Linear(2, 2),
+        "a b-]#2": nn.Linear(2, 2),
+        "": nn.Linear(2, 2),
+        "model": nn.Linear(2, 2),
+    }
+    with open_run(tmp_path) as run:
+        Training(run, **parts).save(1)
+        other = {name: nn.Linear(2, 2) for name in parts}
+        Training(run, **other).resume()
+    assert all(torch.equal(other[name].weight, part.weight) for name, part in parts.items())
+
+
 # -- what fits and what does not
+
+
+class Extra(nn.Module):
+    """Has more to say of itself than parameters, as modules in 8-bit floats do."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize("there", [torch.arange(5), torch.arange(0), None, "text", {"amax": [torch.ones(2)]}])
+@pytest.mark.parametrize("here", [torch.arange(3), None, {"amax": [torch.ones(3)]}])
+def test_the_extra_state_of_a_module_may_change_its_size_and_kind(tmp_path, there, here):
+    model, other = nn.Sequential(Extra(there)), nn.Sequential(Extra(here))
+    with open_run(tmp_path) as run:
+        Training(run, model=model).save(1)
+        place = other[0].weight.data_ptr()
+        assert Training(run, model=other).resume() == 1
+    assert str(other[0].extra) == str(there)
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert other[0].weight.data_ptr() == place
 
 
 def test_modules_are_loaded_into_the_memory_they_have(tmp_path):

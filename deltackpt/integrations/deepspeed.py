@@ -4,7 +4,7 @@ Owns   which file of a tag is which step, and that a tag is there for all ranks 
 Never  decides what a tag holds, or which is the latest: DeepSpeed writes that down, once all have committed.
 
 At the path of each file stands a marker, see `deltackpt.markers`.  Every rank writes files of its own, so
-each file is a run of its own, whose steps are the tags.
+each file is a run of its own, whose steps are the tags.  Which tags stay is decided once for all files.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
@@ -19,7 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deltackpt.errors import DeltackptError, InvalidInputError
-from deltackpt.integrations.torch import on_all
+from deltackpt.integrations.torch import on_all, place
 from deltackpt.markers import (
     Marker,
     PathLike,
@@ -29,7 +30,9 @@ from deltackpt.markers import (
     path_of,
     place_for,
     take_away,
+    text_at,
 )
+from deltackpt.records import Commit
 from deltackpt.retention import Rule
 from deltackpt.run import Run
 from deltackpt.types import State
@@ -39,6 +42,8 @@ log = logging.getLogger("deltackpt")
 #: Objects that DeepSpeed puts into its states, by what they are called there.
 _OBJECTS = {kind.__name__: kind for kind in (LossScaler, DynamicLossScaler)}
 _TAG = "__deepspeed__"
+#: What DeepSpeed calls the file that names the latest tag.
+_LATEST = "latest"
 
 
 class _Written(NamedTuple):
@@ -47,6 +52,15 @@ class _Written(NamedTuple):
     path: str
     marker: Marker
     before: Marker | None
+
+
+class _Saved(NamedTuple):
+    """A step that is a file of a tag, and whether a marker stands for it."""
+
+    run: Run
+    commit: Commit
+    path: str
+    is_there: bool
 
 
 class DeltaCheckpointEngine(TorchCheckpointEngine):
@@ -59,8 +73,8 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
     run : str
         What the runs' names begin with: ``main.mp_rank_00_model_states``.
     keep : Rule, optional
-        Which tags stay.  The others go when the next save begins; by then DeepSpeed has written down which
-        is the latest.
+        Which tags stay.  The others go, each whole, when the next save begins; by then DeepSpeed has written
+        down which is the latest.
     allow_pickle : bool
         Pickle what has no plain form, and unpickle it, and load files of DeepSpeed's own, which both run code
         that their writer chose.
@@ -97,9 +111,7 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         self.keep = keep
         self.allow_pickle = allow_pickle
         self._runs = Runs(self.store, lambda name: options)
-        self._resumed: dict[str, int] = {}
-        #: Of the tag that `latest` names: of a job that went back to an older one it is not the highest.
-        self._saved: int | None = None
+        self._resumed: int | None = None
         self._step = 0
         self._directory = ""
         self._written: list[_Written] = []
@@ -109,16 +121,16 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Begin a tag; let go of those that no rule keeps."""
-        numbers = re.findall(r"[0-9]{1,18}", str(info.tag))
-        self._step = int(numbers[-1]) if numbers else 0
+        self._step = _step_of(str(info.tag))
         self._directory = f"{os.path.abspath(info.save_dir)}/{info.tag}/"  # noqa: PTH100 - links kept
         self._written, self._error = [], None
-        if self.keep is not None:
-            for run in self._runs:
-                try:
-                    self._thin(run, self.keep)
-                except DeltackptError as e:
-                    log.warning("run %r: not all that may go is forgotten: %s", run.name, e.message)
+        rank, _ = place()
+        # One decides for the files of all: ranks know different ones, and not yet those of a tag not loaded.
+        if self.keep is not None and rank == 0:
+            try:
+                self._thin(self.keep, os.path.realpath(info.save_dir))
+            except DeltackptError as e:
+                log.warning("runs %r: not all tags that may go are forgotten: %s", self.run, e.message)
 
     def save(self, state_dict: State, path: PathLike) -> None:
         """Save a file of the tag; durable on return, and there from ``commit`` on.
@@ -161,8 +173,6 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         for one in written:
             if one.before is not None:
                 self._runs.forget(one.before)
-        if info.save_latest:
-            self._saved = self._step
         return True
 
     def load(self, path: PathLike, map_location: Any = None) -> State:
@@ -177,10 +187,10 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
             return super().load(path, map_location)
         run = self._runs.open(marker.run)
         marker.commit(run)
-        self._resumed[marker.run] = marker.step
+        self._resumed = marker.step
         # A function is DeepSpeed's way to say the CPU: lambda storage, location: storage.
-        place = None if callable(map_location) else map_location
-        return _object(run.load(marker.step, map=place, allow_pickle=self.allow_pickle))
+        device = None if callable(map_location) else map_location
+        return _object(run.load(marker.step, map=device, allow_pickle=self.allow_pickle))
 
     def preserves_storage_sharing(self) -> bool:
         """Return False: of a view only its own elements are stored, so DeepSpeed need not clone it."""
@@ -201,22 +211,57 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         for one in written:
             one.marker.put(one.path)
 
-    def _thin(self, run: Run, keep: Rule) -> None:
-        """Let go of what no rule keeps, of the tags that are there; a step without a marker is none."""
-        there = {}
-        for commit in run.commits():
-            path = path_of(commit)
-            marker = Marker.at(path) if path else None
-            if path and marker and marker.names(commit):
-                there[commit.slot.step] = commit, path, marker
-        commits = {step: commit for step, (commit, _, _) in there.items()}
-        stays = keep.decide(
-            commits, pinned=run.pinned(), resumed=self._resumed.get(run.name), saved=self._saved
+    def _thin(self, keep: Rule, directory: str) -> None:
+        """Let go of a directory's tags that no rule keeps, each whole; one that has no marker is none."""
+        tags, pinned = self._tags(directory)
+        # A tag is as old as its first file.
+        there = sorted(
+            (one.commit for tag in tags for one in tag if one.is_there), key=lambda c: -c.created_s
         )
-        for step in there.keys() - stays.keys():
-            _, path, marker = there[step]
-            take_away(path)
-            self._runs.forget(marker)
+        # Of a job that went back to an older tag the latest is not the highest.
+        latest = text_at(f"{directory}/{_LATEST}")
+        stays = keep.decide(
+            {commit.slot.step: commit for commit in there},
+            pinned=pinned,
+            resumed=self._resumed,
+            saved=None if latest is None else _step_of(latest),
+        )
+        for tag in tags:
+            # Markers last: while there is one, the tag is, and what a kill leaves of it goes the next time.
+            for run, commit, path, is_there in sorted(tag, key=lambda one: one.is_there):
+                if commit.slot.step not in stays:
+                    if is_there:
+                        take_away(path)
+                    self._runs.forget(Marker.of(run, commit))
+
+    def _tags(self, directory: str) -> tuple[list[list[_Saved]], set[int]]:
+        """Return the files of each tag there is, of all ranks, and the steps that are pinned in a run.
+
+        Not of the one that is being saved: some ranks may have done so, without a marker yet.
+        """
+        tags: defaultdict[str, list[_Saved]] = defaultdict(list)
+        pinned: set[int] = set()
+        for name in self._runs.names():
+            if not name.startswith(f"{self.run}."):
+                continue
+            run = self._runs.open(name)
+            pinned.update(run.pinned())
+            for commit in run.commits():
+                if path := path_of(commit):
+                    marker = Marker.at(path)
+                    is_there = marker is not None and marker.names(commit)
+                    tags[os.path.realpath(path.rpartition("/")[0])].append(
+                        _Saved(run, commit, path, is_there)
+                    )
+        tags.pop(os.path.realpath(self._directory), None)
+        found = [tag for at, tag in tags.items() if at.rpartition("/")[0] == directory]
+        return [tag for tag in found if any(one.is_there for one in tag)], pinned
+
+
+def _step_of(tag: str) -> int:
+    """Return the step that a tag is: its last number."""
+    numbers = re.findall(r"[0-9]{1,18}", tag)
+    return int(numbers[-1]) if numbers else 0
 
 
 def _plain(x: State) -> State:
@@ -241,7 +286,8 @@ def _object(x: State) -> State:
     kind = _OBJECTS.get(x[_TAG])
     if kind is None or not isinstance(x["value"], dict):
         raise InvalidInputError(
-            f"load: found an object of DeepSpeed's called {x[_TAG]!r:.80}, which it has not"
+            f"load: found an object of DeepSpeed's called {x[_TAG]!r:.80}, which is not known",
+            hint="load it with the DeepSpeed and the deltackpt that saved it",
         )
     made = kind.__new__(kind)
     vars(made).update(x["value"])

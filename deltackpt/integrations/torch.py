@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from deltackpt import tree
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
+from deltackpt.loader import LazyArray
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
 from deltackpt.run import Run
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 #: Where a step holds what is no part.
 _OURS = "training"
+#: What torch calls in a state dict what a module's ``get_extra_state`` gave.
+_EXTRA = "_extra_state"
 
 
 class Training:
@@ -56,7 +59,7 @@ class Training:
     Raises
     ------
     InvalidInputError
-        If a part has no state dict.
+        If a part has no state dict, or a name by which it could not be found again.
 
     Examples
     --------
@@ -75,6 +78,7 @@ class Training:
 
     def __init__(self, run: Run, /, **parts: Any) -> None:
         for name, part in parts.items():
+            _check_name(name, [*parts, _OURS])
             _check_part(name, part)
         self.run = run
         self.parts = {name: _unwrapped(part) for name, part in parts.items()}
@@ -176,14 +180,14 @@ class Training:
             tree.flatten({_OURS: {"ranks": {rank: ours}}}, allow_pickle=allow_pickle)
             return ours
 
-        rank, _ = _place()
+        rank, _ = place()
         kept: dict[str, Any] = {}
         ranks = on_all(own)
         ours = {"parts": list(self.parts), "n_ranks": len(ranks), "ranks": dict(enumerate(ranks))}
         return {**kept, _OURS: ours}
 
     def _load(self, step: int, strict: bool, allow_pickle: bool) -> None:
-        rank, n_ranks = _place()
+        rank, n_ranks = place()
         there, n_saved = self._content(step)
         wrong = [f"part {name!r}: is not in the step" for name in self.parts if name not in there]
         wrong += [
@@ -202,6 +206,13 @@ class Training:
         # Modules are read straight into their own tensors: no second copy of the model.  Not if some may be
         # missing: it would not be told which.
         placed = {n: part.state_dict() for n, part in alike.items() if strict and _is_module(part)}
+        if any(map(_is_extra, itertools.chain(*placed.values()))):
+            # Of any size and kind, as the step has it: the module takes it, and it has no place of its own.
+            there = self.run.load(step, keys=[*placed], lazy=True, allow_pickle=allow_pickle)
+            for name, state in placed.items():
+                state.update(
+                    {key: _read(x) for key, x in there[name].items() if _is_extra(key) and key in state}
+                )
         keys = [name for name in alike if name not in placed]
         if n_saved == n_ranks:
             keys.append(f"{_OURS}.ranks.{rank}")
@@ -420,9 +431,21 @@ def set_rng_state(state: dict[str, Any]) -> None:
 # -- parts
 
 
+def _check_name(name: str, others: Iterable[str]) -> None:
+    """Refuse a name that is no key, or that of more, where a step is loaded: see `deltackpt.Run.load`."""
+    if name == _OURS or any(wildcard in name for wildcard in "*?["):
+        raise InvalidInputError(
+            f"Training: no part can be called {name!r}", hint="choose another name, without * ? ["
+        )
+    for other in others:
+        if name.startswith(f"{other}."):
+            raise InvalidInputError(
+                f"Training: the part {name!r} is one in {other!r} by its name",
+                hint="choose one without a dot",
+            )
+
+
 def _check_part(name: str, part: Any) -> None:
-    if name == _OURS:
-        raise InvalidInputError(f"Training: no part can be called {name!r}", hint="choose another name")
     if callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None)):
         return
     if isinstance(part, DataLoader):
@@ -449,6 +472,19 @@ def _is_loader(part: Any) -> bool:
     return isinstance(part, Iterable) and not _is_module(part)
 
 
+def _is_extra(key: Any) -> bool:
+    return str(key).rpartition(".")[2] == _EXTRA
+
+
+def _read(x: State) -> State:
+    """Return what was loaded lazily, read."""
+    if isinstance(x, LazyArray):
+        return x[...]
+    if isinstance(x, dict):
+        return {key: _read(value) for key, value in x.items()}
+    return [_read(value) for value in x] if type(x) in (list, tuple) else x
+
+
 def _warn(where: str, lines: Iterable[str]) -> None:
     for line in lines:
         log.warning("%s: %s", where, line)
@@ -457,7 +493,7 @@ def _warn(where: str, lines: Iterable[str]) -> None:
 # -- ranks
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """Return this process's rank, and how many there are."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -470,7 +506,7 @@ def on_all(do: Callable[[], T]) -> list[T]:
     If it fails on one, all raise, so that none waits for ever.  All must call this; of a single process it is
     the call and no more.
     """
-    rank, n_ranks = _place()
+    rank, n_ranks = place()
     if n_ranks == 1:
         return [do()]
     result, failure, told = None, None, None
@@ -488,7 +524,7 @@ def on_all(do: Callable[[], T]) -> list[T]:
 
 def _on_first(do: Callable[[], T]) -> T:
     """Return what it gives on rank 0, on all ranks."""
-    rank, _ = _place()
+    rank, _ = place()
     first: T = on_all(lambda: do() if rank == 0 else None)[0]  # type: ignore[assignment]
     return first
 

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from deltackpt import leaves, loader, tree
+from deltackpt.energy import Energy
 from deltackpt.errors import ConflictError, CorruptError, InvalidInputError
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.memory import Known, Memory, Pieces
@@ -224,8 +225,8 @@ def together(metadata: Metadata, everything: Sequence[Written]) -> Manifest:
     )
 
 
-def figures_of(parts: Sequence[Figures], written_size: int) -> Figures:
-    """Return the figures of all ranks together, and of what the coordinator has written."""
+def figures_of(parts: Sequence[Figures], written_size: int, energy: Energy) -> Figures:
+    """Return the figures of all ranks together, and of what the coordinator has written to decide for them."""
     names = dict.fromkeys(name for part in parts for name in part.seconds)
     return Figures(
         sum(part.logical_size for part in parts),
@@ -236,6 +237,7 @@ def figures_of(parts: Sequence[Figures], written_size: int) -> Figures:
         sum(part.n_new_chunks for part in parts),
         {name: sum(part.seconds.get(name, 0.0) for part in parts) for name in names},
         folded([cost for part in parts for cost in part.groups]),
+        Energy.total([energy, *(part.energy for part in parts if part.energy is not None)]),
     )
 
 

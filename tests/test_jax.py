@@ -21,6 +21,7 @@ jax.config.update("jax_num_cpu_devices", 4)  # before anything asks for a device
 
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
+from faults import Wrapper  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
@@ -32,7 +33,7 @@ from deltackpt.backends.memory import MemoryBackend  # noqa: E402
 from deltackpt.errors import InvalidInputError, NotFoundError  # noqa: E402
 from deltackpt.integrations import jax as integration  # noqa: E402
 from deltackpt.integrations.jax import as_state, restore, save  # noqa: E402
-from deltackpt.loader import LazyArray  # noqa: E402
+from deltackpt.store import Store  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 TRAIN = Path(__file__).with_name("jax_train.py")
@@ -214,8 +215,10 @@ def test_each_part_is_read_once_and_rows_together(monkeypatch):
     x = np.arange(24 * 16, dtype=np.float32).reshape(24, 16)
     store = MemoryBackend()
     save({"x": x}, store, step=1)
-    asked, get = [], LazyArray.__getitem__
-    monkeypatch.setattr(LazyArray, "__getitem__", lambda self, index: asked.append(index) or get(self, index))
+    asked, gather = [], integration.gather
+    monkeypatch.setattr(
+        integration, "gather", lambda picks: asked.extend(index for _, index in picks) or gather(picks)
+    )
     for name, read in {
         "rows": [(slice(0, 12), slice(0, 16)), (slice(12, 24), slice(0, 16))],
         "columns": [(slice(0, 24), slice(0, 16))],
@@ -225,6 +228,36 @@ def test_each_part_is_read_once_and_rows_together(monkeypatch):
         asked.clear()
         restore(store, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placements()[name])})
         assert asked == read, name
+
+
+class Counted(Wrapper):
+    """Counts reads of packs."""
+
+    n_reads = 0
+
+    def _do(self, op, name, call, *, mutates=True):
+        self.n_reads += name.startswith("packs/") and not mutates
+        return call()
+
+
+def test_a_thousand_arrays_are_looked_up_and_read_together(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((1000, 8, 8)).astype(np.float32)
+    memory, n_finds, find = MemoryBackend(), [0], Store.find
+    save(dict(enumerate(x)), memory, step=1)
+
+    def counted(self, ids):
+        n_finds[0] += 1
+        return find(self, ids)
+
+    monkeypatch.setattr(Store, "find", counted)
+    for name, to in {**placements(), "none": None}.items():
+        backend, n_finds[0] = Counted(memory), 0
+        found = restore(
+            backend, dict.fromkeys(range(1000), jax.ShapeDtypeStruct((8, 8), x.dtype, sharding=to))
+        )
+        assert b"".join(np.asarray(found[i]).tobytes() for i in range(1000)) == x.tobytes(), name
+        assert n_finds[0] < 10, name
+        assert backend.n_reads < 10, name
 
 
 PROCESS = """

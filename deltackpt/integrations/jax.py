@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import jax
@@ -23,7 +24,7 @@ import numpy as np
 
 from deltackpt import arrays, delta, dtypes
 from deltackpt.errors import InvalidInputError
-from deltackpt.loader import LazyArray
+from deltackpt.loader import LazyArray, gather
 from deltackpt.report import SaveReport
 from deltackpt.run import Run
 from deltackpt.store import Where
@@ -178,7 +179,14 @@ def restore(
             "\n  ".join(["like: does not match the step", *problems[:_N_PROBLEMS_MAX], *more]),
             hint="pass a pytree nested, shaped and typed as it was saved; strict=False for a part of it",
         )
-    values = [_restored(found[path], leaf) for path, leaf in wanted.items()]
+    picks = [
+        (found[path], index)
+        for path, leaf in wanted.items()
+        if isinstance(found[path], LazyArray)
+        for index in _indices(leaf)
+    ]
+    parts = map(arrays.as_numpy, gather(picks))
+    values = [_restored(found[path], leaf, parts) for path, leaf in wanted.items()]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
 
 
@@ -401,25 +409,43 @@ def _shape_of(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return tuple(data.shape), np.dtype(data.dtype)
 
 
-def _restored(found: Any, leaf: Any) -> Any:
-    """Return what a step has as a leaf like another."""
+def _indices(leaf: Any) -> list[Any]:
+    """Return by which indices to read what a leaf is to have, in the order in which it is put there."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or _is_weak(leaf) or _sharding_of(leaf) is None:
+        return [...]
+    shape, _ = _shape_of(leaf)
+    # NumPy's [()] is no array.
+    return [_slices(box) or ... for box, _ in _reads(list(_devices(leaf.sharding, shape)), shape)]
+
+
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+    """Return where a leaf is to be; None: wherever JAX puts it."""
+    return None if isinstance(leaf, jax.Array) and not leaf.committed else leaf.sharding
+
+
+def _is_weak(leaf: Any) -> bool:
+    """Whether a leaf is a scalar whose dtype gives way to others, as Python's numbers do."""
+    return leaf.shape == () and getattr(leaf, "weak_type", False)
+
+
+def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> Any:
+    """Return what a step has as a leaf like another; next among the parts are those of `_indices`."""
     if not _is_array(leaf):
-        return type(leaf)(arrays.as_numpy(found.load()).item()) if isinstance(found, LazyArray) else found
+        return type(leaf)(next(parts).item()) if isinstance(found, LazyArray) else found
     shape, dtype = _shape_of(leaf)
     if not isinstance(found, LazyArray):
-        found = np.asarray(found, dtype)
+        parts = repeat(np.asarray(found, dtype))
     if isinstance(leaf, np.ndarray | np.generic):
-        whole = arrays.as_numpy(found[...])
+        whole = next(parts)
         return whole[()] if isinstance(leaf, np.generic) else whole
-    is_free = isinstance(leaf, jax.Array) and not leaf.committed
-    sharding = None if is_free else leaf.sharding
-    made = _weak(found) if shape == () and getattr(leaf, "weak_type", False) else None
-    if made is not None:
-        return made if sharding is None else jax.device_put(made, sharding)
-    if sharding is None:
-        made = jax.device_put(arrays.as_numpy(found[...]))
-    else:
-        made = _sharded(found, shape, dtype, sharding)
+    sharding = _sharding_of(leaf)
+    if _is_weak(leaf):
+        value = next(parts)
+        made = _weak(value)
+        if made is not None:
+            return made if sharding is None else jax.device_put(made, sharding)
+        parts = repeat(value)
+    made = jax.device_put(next(parts)) if sharding is None else _sharded(parts, shape, dtype, sharding)
     if made.dtype != dtype:
         raise InvalidInputError(
             f"like: JAX makes {made.dtype} of {dtype}", hint="jax.config.update('jax_enable_x64', True)"
@@ -427,23 +453,23 @@ def _restored(found: Any, leaf: Any) -> Any:
     return jax.random.wrap_key_data(made, impl=_data_of(leaf)[0]) if _is_random_key(leaf) else made
 
 
-def _weak(found: Any) -> jax.Array | None:
-    """Return a scalar whose dtype gives way to others, as Python's numbers do; None if JAX makes no such."""
-    value = arrays.as_numpy(found[...])
+def _weak(value: np.ndarray[Any, Any]) -> jax.Array | None:
+    """Return a scalar as one that is weak; None if JAX makes no such of its dtype or bits."""
     made = jnp.asarray(value.item())
     return made if made.dtype == value.dtype and np.asarray(made).tobytes() == value.tobytes() else None
 
 
 def _sharded(
-    found: Any, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
+    parts: Iterator[np.ndarray[Any, Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    """Read what each device of this process is to have of an array, and put it there."""
-    devices: dict[Box, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(_box(index, shape), []).append(device)
+    """Put what was read of an array onto the devices of this process that are to have it."""
+    devices = _devices(sharding, shape)
     placed = []
     for read, boxes in _reads(list(devices), shape):
-        part = arrays.as_numpy(found[_slices(read) or ...])  # NumPy's [()] is no array
+        part = next(parts)
         for box in boxes:
             one = np.asarray(part[_slices(_inside(box, read))], order="C")
             for device in devices[box]:
@@ -452,6 +478,14 @@ def _sharded(
     # Where this process has no device of it, JAX has to be told of what the array is.
     of = None if placed else dtype
     return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=of)
+
+
+def _devices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+    """Return which devices of this process are to have which parts of an array."""
+    devices: dict[Box, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(_box(index, shape), []).append(device)
+    return devices
 
 
 # --- boxes ---

@@ -226,7 +226,7 @@ def together(metadata: Metadata, everything: Sequence[Written]) -> Manifest:
 
 
 def figures_of(parts: Sequence[Figures], written_size: int, energy: Energy) -> Figures:
-    """Return the figures of all ranks together, and of what the coordinator has written to decide for them."""
+    """Return the figures of all ranks together, and of what the coordinator took to decide for them."""
     names = dict.fromkeys(name for part in parts for name in part.seconds)
     return Figures(
         sum(part.logical_size for part in parts),
@@ -338,6 +338,8 @@ class Step(NamedTuple):
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         """Hand out what is asked for: whole shards straight into their place, of others the parts."""
         whole: list[tuple[ReadItem, Leaf, torch.Tensor]] = []
+        cut: list[tuple[ReadItem, Leaf, torch.Tensor, tuple[slice, ...]]] = []
+        rows = self.manifest.tensors
         with self.run.reading(self.commit):
             for item in items:
                 if item.type is LoadItemType.BYTE_IO:
@@ -355,12 +357,13 @@ class Step(NamedTuple):
                 index = tuple(
                     slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True)
                 )
-                row = self.manifest.tensors[leaf.at]
-                target.copy_(loader.read_part(self.run.store, row, leaf, index, "cpu"))
+                cut.append((item, leaf, target, index))
+            wanted = [(rows[leaf.at], leaf, index) for _, leaf, _, index in cut]
+            parts = loader.read_parts(self.run.store, wanted, "cpu")
+            for (item, _, target, _), part in zip(cut, parts, strict=True):
+                target.copy_(part)
                 planner.commit_tensor(item, target)
-            loader.fill_into(
-                self.run.store, self.manifest.tensors, [(leaf, target) for _, leaf, target in whole]
-            )
+            loader.fill_into(self.run.store, rows, [(leaf, target) for _, leaf, target in whole])
         for item, _, target in whole:
             planner.commit_tensor(item, target)
 

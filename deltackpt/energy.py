@@ -1,7 +1,7 @@
 """Energy: the joules that a piece of work in this process took, and by what they are known.
 
 Owns   the machine's counters (RAPL, NVML), the estimate where there are none, its constants, the words.
-Never  tells what one process of several took, or makes the work it measures fail.
+Never  tells which part of what a counter counted one process took, or makes the work it measures fail.
 
 Where each constant comes from, and how far off it may be, stands in docs/energy.md.
 """
@@ -515,6 +515,19 @@ class Meter:
         """
         now = self._machine.read()
         return self._machine.between(self._start, now, self._resumed or now, moved_size, written_size)
+
+    def estimated(self, moved_size: int = 0, written_size: int = 0) -> Energy:
+        """Return what this process spent so far by what it did alone, which may be added to what others did.
+
+        Counters are the machine's: several processes that add up theirs count it as often.
+
+        Examples
+        --------
+        >>> Meter().estimated(written_size=10**9).method.endswith("bytes written")
+        True
+        """
+        cpu_s = self._machine.read().cpu_s - self._start.cpu_s
+        return Energy.of(estimate(max(0.0, cpu_s), moved_size, written_size))
 
     def held(self) -> Energy:
         """Return what this process spent until it resumed, where another process meters the rest.

@@ -7,9 +7,10 @@ Never  follows lists or decodes (restore.py does), or knows about steps and runs
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from deltackpt.errors import FormatError, InvalidInputError, MissingDependencyEr
 from deltackpt.layout import Layout
 from deltackpt.leaves import Wanted
 from deltackpt.manifest import Manifest, TensorRow
-from deltackpt.restore import fill, part, spans
+from deltackpt.restore import fill, parts, spans
 from deltackpt.store import Store
 from deltackpt.structure import Leaf, name, where
 from deltackpt.types import DTYPE_SIZES, U8, WHOLE, State, View
@@ -88,6 +89,14 @@ def read(
     return read_part(store, rows[leaf.at], leaf, index, device_map)
 
 
+class Source(NamedTuple):
+    """What lazy arrays of one load read from."""
+
+    store: Store
+    device_map: DeviceMap
+    reading: Callable[[], AbstractContextManager[None]]
+
+
 class LazyArray:
     """An array that is still in the store: it has a dtype and a shape, and reads what it is indexed by.
 
@@ -104,16 +113,14 @@ class LazyArray:
     array([4, 6])
     """
 
-    __slots__ = ("_read", "dtype", "name", "shape", "size")
+    __slots__ = ("_leaf", "_row", "_source", "dtype", "name", "shape", "size")
 
-    def __init__(
-        self, name: str, dtype: str, shape: tuple[int, ...], size: int, read: Callable[[Any], Any]
-    ) -> None:
-        self.name = name
-        self.dtype = dtype
-        self.shape = shape
-        self.size = size
-        self._read = read
+    def __init__(self, source: Source, row: TensorRow, leaf: Leaf) -> None:
+        _, self.dtype, layout = _wanted(row, leaf)
+        self.name = name(leaf.path)
+        self.shape = layout.shape
+        self.size = layout.size
+        self._source, self._row, self._leaf = source, row, leaf
 
     def __repr__(self) -> str:
         return f"<LazyArray {self.name}: {self.dtype} {self.shape}>"
@@ -125,7 +132,7 @@ class LazyArray:
 
     def __getitem__(self, index: Any) -> Any:
         """Read what basic indexing picks: integers, slices, ``...`` and None; no more chunks than hold it."""
-        return self._read(index)
+        return next(gather([(self, index)]))
 
     def __iter__(self) -> Iterator[Any]:
         """Read it row by row."""
@@ -135,7 +142,7 @@ class LazyArray:
 
     def load(self) -> Any:
         """Read all of it."""
-        return self._read(...)
+        return self[...]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if copy is False:
@@ -283,6 +290,7 @@ def _with_lazy(
 ) -> list[Any]:
     """Return what leaves stand for: lazy arrays, one for those that are the same, and what else there is."""
     made: dict[tuple[int, View], LazyArray] = {}
+    source = Source(store, device_map, reading)
     each = iter(others)
     values = []
     for leaf in found:
@@ -291,34 +299,68 @@ def _with_lazy(
             continue
         key = leaf.at, leaf.view
         if key not in made:
-            made[key] = _lazy_array(store, rows[leaf.at], leaf, device_map, reading)
+            made[key] = LazyArray(source, rows[leaf.at], leaf)
         values.append(made[key])
     return values
 
 
-def _lazy_array(
-    store: Store,
-    row: TensorRow,
-    leaf: Leaf,
-    device_map: DeviceMap,
-    reading: Callable[[], AbstractContextManager[None]],
-) -> LazyArray:
-    def get(index: Any) -> Any:
-        with reading():
-            return read_part(store, row, leaf, index, device_map)
+def gather(picks: Sequence[tuple[LazyArray, Any]]) -> Iterator[Any]:
+    """Yield what indices pick of lazy arrays of one load, in order, each as an array of its own.
 
-    _, dtype, layout = _wanted(row, leaf)
-    return LazyArray(name(leaf.path), dtype, layout.shape, layout.size, get)
+    They are read together, and kept until they are yielded: 64 MiB at a time, or one that is larger.
+    """
+    if picks:
+        store, device_map, reading = picks[0][0]._source
+        wanted = [(lazy._row, lazy._leaf, index) for lazy, index in picks]
+        yield from read_parts(store, wanted, device_map, reading)
 
 
 def read_part(store: Store, row: TensorRow, leaf: Leaf, index: Any, device_map: DeviceMap) -> Any:
     """Return what an index picks of a leaf's array, as an array of its own."""
-    picked = _layout(row, leaf.view).indexed(index, f"index of {name(leaf.path)!r}")
-    dtype = leaf.view.dtype or row.dtype
-    if dtype == row.dtype and picked == Layout.plain(row.shape, picked.itemsize):
-        array, data = arrays.allocate(row.dtype, row.shape, row.framework)
-        fill(store, [(row, data)])
-    else:
-        data, layout = part(store, row, picked)
-        array = arrays.compact(dtype, row.framework, data, layout)
-    return _placer(device_map)(row.name, leaf.view.device, array)
+    return next(read_parts(store, [(row, leaf, index)], device_map))
+
+
+def read_parts(
+    store: Store,
+    wanted: Sequence[tuple[TensorRow, Leaf, Any]],
+    device_map: DeviceMap,
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Any]:
+    """Yield what indices pick of leaves' arrays, as `gather` does; each read is inside `reading()`."""
+    picks = [
+        _Pick(row, leaf.view, _layout(row, leaf.view).indexed(index, f"index of {name(leaf.path)!r}"))
+        for row, leaf, index in wanted
+    ]
+    place = _placer(device_map)
+    sizes = [min(stop - start, _COPY_SIZE) for start, stop in (pick.layout.span for pick in picks)]
+    for group in _groups(picks, sizes):
+        with reading():
+            whole = {i: p.allocated() for i, p in enumerate(group) if p.is_whole}
+            fill(store, [(group[i].row, data) for i, (_, data) in whole.items()])
+            cut = deque(parts(store, [(p.row, p.layout) for i, p in enumerate(group) if i not in whole]))
+        for i, p in enumerate(group):
+            array = (
+                whole.pop(i)[0] if i in whole else arrays.compact(p.dtype, p.row.framework, *cut.popleft())
+            )
+            yield place(p.row.name, p.view.device, array)
+            del array
+
+
+class _Pick(NamedTuple):
+    """What was picked of a view of a tensor: where its elements lie in the tensor."""
+
+    row: TensorRow
+    view: View
+    layout: Layout
+
+    @property
+    def dtype(self) -> str:
+        return self.view.dtype or self.row.dtype
+
+    def allocated(self) -> tuple[Any, U8]:
+        return arrays.allocate(self.row.dtype, self.row.shape, self.row.framework)
+
+    @property
+    def is_whole(self) -> bool:
+        whole = Layout.plain(self.row.shape, self.layout.itemsize)
+        return self.dtype == self.row.dtype and self.layout == whole

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from deltackpt.workers import n_threads, workers
 
 log = logging.getLogger("deltackpt")
 R = TypeVar("R")
+#: Where bytes are wanted of, as `Layout.runs` gives it.
+Runs: TypeAlias = tuple[npt.NDArray[np.int64], int]
 
 #: Chunks in a run, however small: what is known of one while it is read takes a kilobyte.
 _N_CHUNKS_MAX = 2048
@@ -79,15 +81,39 @@ def resolve(store: Store, rows: Sequence[TensorRow]) -> list[npt.NDArray[np.void
     CorruptError
         If a list is missing or damaged; names the tensor.
     """
-    tables = [_root(row) for row in rows]
+    return [table for table, _ in _resolve(store, rows, [None] * len(rows))]
+
+
+def _resolve(
+    store: Store, rows: Sequence[TensorRow], runs: Sequence[Runs | None]
+) -> list[tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]]:
+    """Return each tensor's chunks and where they start; if it has runs, those that hold a byte of them."""
+    roots = [_root(row) for row in rows]
+    found = [_kept(root, np.zeros(len(root), np.int64), of) for root, of in zip(roots, runs, strict=True)]
     for level in range(max((row.level for row in rows), default=0), 0, -1):
         todo = [i for i, row in enumerate(rows) if row.level >= level]
-        found = iter(store.find(np.concatenate([tables[i]["id"] for i in todo])))
+        at = iter(_find(store, [rows[i] for i in todo], [found[i][0] for i in todo]))
         for i in todo:
+            table, starts = found[i]
             with _naming(rows[i]):
-                parts = [_read_list(store, entry, next(found), level) for entry in tables[i]]
-            tables[i] = np.concatenate(parts)
-    return tables
+                lists = [_read_list(store, entry, next(at), level) for entry in table]
+            below = [start + _starts(t) for start, t in zip(starts, lists, strict=True)]
+            table = np.concatenate([np.zeros(0, LIST_ROW), *lists])
+            found[i] = _kept(table, np.concatenate([np.zeros(0, np.int64), *below]), runs[i])
+    return found
+
+
+def _find(
+    store: Store, rows: Sequence[TensorRow], tables: Sequence[npt.NDArray[np.void]]
+) -> npt.NDArray[np.void]:
+    """Look up the lists of several tensors at once; name the tensor that lacks one."""
+    try:
+        return store.find(np.concatenate([table["id"] for table in tables]))
+    except CorruptError:
+        for row, table in zip(rows, tables, strict=True):
+            with _naming(row):
+                store.find(table["id"])
+        raise
 
 
 def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
@@ -118,45 +144,56 @@ def fill(store: Store, tensors: Sequence[tuple[TensorRow, U8]]) -> None:
 
 
 def part(store: Store, row: TensorRow, layout: Layout) -> tuple[U8, Layout]:
-    """Rebuild those chunks of a tensor that hold certain elements; nothing else of it is read.
+    """Rebuild those chunks of a tensor that hold certain elements, as `parts` does."""
+    return parts(store, [(row, layout)])[0]
+
+
+def parts(store: Store, wanted: Sequence[tuple[TensorRow, Layout]]) -> list[tuple[U8, Layout]]:
+    """Rebuild those chunks of tensors that hold certain elements; nothing else of them is read.
 
     Parameters
     ----------
     store : Store
-    row : TensorRow
-    layout : Layout
+    wanted : sequence of (TensorRow, Layout)
         Where the elements lie in the tensor's bytes; must lie inside them.
 
     Returns
     -------
-    data : ndarray of uint8
-        From the first of those chunks to the last; what lies in others takes no memory, and is zeros.
-    layout : Layout
-        Where the elements lie in `data`.
+    list of (ndarray of uint8, Layout)
+        The bytes from the first of those chunks to the last; what lies in others takes no memory, and is
+        zeros.  And where the elements lie in them.
 
     Raises
     ------
     CorruptError
         If a chunk or a list on the way to it is missing or damaged.
     """
-    runs = layout.runs()
-    table, starts = _root(row), np.zeros(1, np.int64)
-    with _naming(row):
-        for level in range(row.level, 0, -1):
-            table, starts = _kept(table, starts, runs)
-            found = store.find(table["id"])
-            lists = [_read_list(store, entry, at, level) for entry, at in zip(table, found, strict=True)]
-            below = [start + _starts(t) for start, t in zip(starts, lists, strict=True)]
-            table = np.concatenate([np.zeros(0, LIST_ROW), *lists])
-            starts = np.concatenate([np.zeros(0, np.int64), *below])
-    table, starts = _kept(table, starts, runs)
-    if not len(table):
-        return np.empty(0, np.uint8), layout.moved(-layout.offset)
-    first, stop = int(starts[0]), int(starts[-1]) + int(table["size"][-1])
-    data = _sparse(stop - first)
-    begins, ends = starts - first, starts - first + table["size"].astype(np.int64)
-    _read_all(store, table, lambda i: (row, data[begins[i] : ends[i]]))
-    return data, layout.moved(-first)
+    rows = [row for row, _ in wanted]
+    found = _resolve(store, rows, [layout.runs() for _, layout in wanted])
+    made: list[tuple[U8, Layout]] = []
+    begins = [np.zeros(0, np.int64)]
+    for (_, layout), (table, starts) in zip(wanted, found, strict=True):
+        sizes = table["size"].astype(np.int64)
+        first = int(starts[0]) if len(table) else layout.offset
+        size = int(starts[-1] + sizes[-1]) - first if len(table) else 0
+        made.append((_sparse(size), layout.moved(-first)))
+        begins.append(starts - first)
+    chunks = np.concatenate([np.zeros(0, LIST_ROW), *(table for table, _ in found)])
+    owners = np.repeat(np.arange(len(found)), [len(table) for table, _ in found])
+    begin = np.concatenate(begins)
+    end = begin + chunks["size"].astype(np.int64)
+
+    def place(i: int) -> tuple[TensorRow, U8]:
+        return rows[owners[i]], made[owners[i]][0][begin[i] : end[i]]
+
+    # A chunk that several parts lie in is read once.
+    listed = chunks.view(np.uint8).reshape(len(chunks), LIST_ROW.itemsize)
+    _, at, back = np.unique(listed, axis=0, return_index=True, return_inverse=True)
+    _read_all(store, chunks[at], lambda i: place(at[i]))
+    for i, source in enumerate(at[back.reshape(-1)].tolist()):
+        if i != source:
+            place(i)[1][:] = place(source)[1]
+    return made
 
 
 def stretch(store: Store, row: TensorRow, chunks: npt.NDArray[np.void], start: int, stop: int) -> U8:
@@ -187,16 +224,18 @@ def _starts(table: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
 
 
 def _kept(
-    table: npt.NDArray[np.void], starts: npt.NDArray[np.int64], runs: tuple[npt.NDArray[np.int64], int]
+    table: npt.NDArray[np.void], starts: npt.NDArray[np.int64], runs: Runs | None
 ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
-    keep = touched(runs, starts, starts + table["size"].astype(np.int64)) if len(table) else slice(0)
+    if runs is None or not len(table):
+        return table, starts
+    keep = touched(runs, starts, starts + table["size"].astype(np.int64))
     return table[keep], starts[keep]
 
 
 def _sparse(size: int) -> U8:
     """Return zeroed memory that takes room only where it is written: it may be larger than there is."""
-    if not size:
-        return np.empty(0, np.uint8)
+    if size < _TASK_SIZE:  # a process has no more than some 65,000 mappings
+        return np.zeros(size, np.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     try:
         return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)

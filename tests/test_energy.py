@@ -102,6 +102,15 @@ def test_a_counter_that_starts_again_is_followed(fake):
     assert meter.read().parts == {"rapl package": 1.5, "rapl dram": 0.5}
 
 
+def test_what_is_added_to_that_of_other_processes_is_no_counters(fake):
+    server(fake, [0, 0, 0, 0])
+    meter = Meter(fake.machine())
+    server(fake, [2_500_000, 2_250_000, 4_000_000, 4_125_000])
+    fake.cpu_s += 2
+    took = meter.estimated(moved_size=10**9, written_size=10**8)
+    assert took.parts == {"cpu seconds": 10.0, "bytes moved": 0.16, "bytes written": 0.5}
+
+
 def test_without_a_memory_domain_as_on_amd_the_bytes_moved_are_estimated(fake):
     fake.zone("0", "package-0", 0, 65_532_610_987)
     fake.zone("0:0", "core", 0)

@@ -1,6 +1,7 @@
 """JAX: real training on four devices goes on bit for bit; pytrees come back where they are wanted."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ jax.config.update("jax_num_cpu_devices", 4)  # before anything asks for a device
 
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
+from faults import Wrapper  # noqa: E402
 from flax import nnx  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
@@ -29,10 +31,10 @@ from jax_train import WIDTH, fresh, mesh_of, trained  # noqa: E402
 import deltackpt  # noqa: E402
 from deltackpt import gc, last, open_run, open_store  # noqa: E402
 from deltackpt.backends.memory import MemoryBackend  # noqa: E402
-from deltackpt.errors import InvalidInputError, NotFoundError  # noqa: E402
+from deltackpt.errors import ConflictError, InvalidInputError, NotFoundError  # noqa: E402
 from deltackpt.integrations import jax as integration  # noqa: E402
 from deltackpt.integrations.jax import as_state, restore, save  # noqa: E402
-from deltackpt.loader import LazyArray  # noqa: E402
+from deltackpt.store import Store  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
 
 TRAIN = Path(__file__).with_name("jax_train.py")
@@ -214,8 +216,10 @@ def test_each_part_is_read_once_and_rows_together(monkeypatch):
     x = np.arange(24 * 16, dtype=np.float32).reshape(24, 16)
     store = MemoryBackend()
     save({"x": x}, store, step=1)
-    asked, get = [], LazyArray.__getitem__
-    monkeypatch.setattr(LazyArray, "__getitem__", lambda self, index: asked.append(index) or get(self, index))
+    asked, gather = [], integration.gather
+    monkeypatch.setattr(
+        integration, "gather", lambda picks: asked.extend(index for _, index in picks) or gather(picks)
+    )
     for name, read in {
         "rows": [(slice(0, 12), slice(0, 16)), (slice(12, 24), slice(0, 16))],
         "columns": [(slice(0, 24), slice(0, 16))],
@@ -225,6 +229,36 @@ def test_each_part_is_read_once_and_rows_together(monkeypatch):
         asked.clear()
         restore(store, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placements()[name])})
         assert asked == read, name
+
+
+class Counted(Wrapper):
+    """Counts reads of packs."""
+
+    n_reads = 0
+
+    def _do(self, op, name, call, *, mutates=True):
+        self.n_reads += name.startswith("packs/") and not mutates
+        return call()
+
+
+def test_a_thousand_arrays_are_looked_up_and_read_together(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((1000, 8, 8)).astype(np.float32)
+    memory, n_finds, find = MemoryBackend(), [0], Store.find
+    save(dict(enumerate(x)), memory, step=1)
+
+    def counted(self, ids):
+        n_finds[0] += 1
+        return find(self, ids)
+
+    monkeypatch.setattr(Store, "find", counted)
+    for name, to in {**placements(), "none": None}.items():
+        backend, n_finds[0] = Counted(memory), 0
+        found = restore(
+            backend, dict.fromkeys(range(1000), jax.ShapeDtypeStruct((8, 8), x.dtype, sharding=to))
+        )
+        assert b"".join(np.asarray(found[i]).tobytes() for i in range(1000)) == x.tobytes(), name
+        assert n_finds[0] < 10, name
+        assert backend.n_reads < 10, name
 
 
 PROCESS = """
@@ -276,17 +310,14 @@ PROCESS = """
 """
 
 
-def test_of_several_processes_each_reads_its_parts_and_one_saves_what_it_has_all_of(tmp_path, environment):
-    x = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
-    deltackpt.save({"x": x}, tmp_path / "s", step=1)
-    whole_size = sum(entry.size for entry in open_store(tmp_path / "s").backend.list("packs/"))
+def both(program, where, environment):
+    """Have two processes of one job run a program; what each has printed, line by line, or its error."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS), tmp_path / "s", port]
-    both = [
+    children = [
         subprocess.Popen(
-            [*command, who],
+            [sys.executable, "-c", textwrap.dedent(program), where, port, who],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -294,16 +325,115 @@ def test_of_several_processes_each_reads_its_parts_and_one_saves_what_it_has_all
         )
         for who in "01"
     ]
+    told = []
+    for out, errors in [child.communicate(timeout=60) for child in children]:
+        told.append([line for line in out.splitlines() if not line.startswith("[Gloo]")] or [errors])
+    return told
+
+
+def test_of_several_processes_each_reads_its_parts_and_one_saves_what_it_has_all_of(tmp_path, environment):
+    x = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+    deltackpt.save({"x": x}, tmp_path / "s", step=1)
+    whole_size = sum(entry.size for entry in open_store(tmp_path / "s").backend.list("packs/"))
     refused = ["pytree['x']: other processes have parts of it"] * 2
-    for who, (out, errors) in enumerate([child.communicate(timeout=60) for child in both]):
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        rows, columns, *others = lines or [errors]
+    for who, (rows, columns, *others) in enumerate(both(PROCESS, tmp_path / "s", environment)):
         assert [rows.split()[0], columns.split()[0]] == ["2", "2"]
         assert int(rows.split()[1]) < 0.7 * whole_size
-        assert others == ([] if who else refused), errors
+        assert others == ([] if who else refused)
     found = restore(tmp_path / "s", {"x": np.zeros_like(x), "key": jax.random.key(0)})
     assert found["x"].tobytes() == x.tobytes()
     assert raw(found["key"]) == raw(jax.random.key(5))
+
+
+TOGETHER = """
+    import sys, time
+    from pathlib import Path
+
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    from deltackpt import DeltackptError, Run
+    from deltackpt.integrations.jax import restore, save
+
+    where, port, who = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, who)
+    like = {"x": np.zeros(3)}
+
+    def tell(what, call):
+        try:
+            print(what, call())
+        except DeltackptError as e:
+            print(what, type(e).__name__, e.message)
+
+    def restored(*args, **options):
+        return restore(*args, **options)["x"].tolist()
+
+    store = where / "shared"
+    tell("no store:", lambda: restored(store, like))
+    sync_global_devices("a")
+    if who == 0:
+        save({"x": np.ones(3)}, store, step=1)
+        save({"x": np.ones(3)}, where / "0", step=1)
+    sync_global_devices("b")
+    tell("no run:", lambda: restored(store, like, run="other"))
+    if who == 0:
+        find = Run.commit
+
+        def found(*args):
+            commit = find(*args)
+            (where / "found").touch()
+            return commit
+
+        Run.commit = found
+    else:
+        while not (where / "found").exists():
+            time.sleep(0.01)
+        save({"x": np.zeros(3)}, store, step=2)
+    tell("one saved meanwhile:", lambda: restored(store, like))
+    sync_global_devices("c")
+    tell("latest:", lambda: restored(store, like))
+    tell("other steps:", lambda: restored(store, like, step=1 + who))
+    tell("other stores:", lambda: restored(where / str(who), like))
+    sync_global_devices("d")
+    tell("both save:", lambda: save({"x": np.full(3, who)}, store, step=3).step)
+"""
+
+
+def test_several_processes_restore_the_step_that_the_first_has_found(tmp_path, environment):
+    told = both(TOGETHER, tmp_path, environment)
+    for lines in told:
+        assert len(lines) == 7, "\n".join(lines)
+        none, no_run, meanwhile, latest, steps, stores, _ = lines
+        assert none.startswith("no store: NotFoundError")
+        assert re.match("no run: NotFoundError .*run 'other'", no_run)
+        assert meanwhile == "one saved meanwhile: [1.0, 1.0, 1.0]"
+        assert latest == "latest: [0.0, 0.0, 0.0]"
+        assert re.fullmatch(
+            "other steps: InvalidInputError restore: process 0 asks for step 1 of run 'main', store (.*); "
+            "process 1 asks for step 2 of run 'main', store \\1",
+            steps,
+        )
+        assert re.match(
+            "other stores: InvalidInputError .*; process 1 asks for step 'latest' of run 'main', "
+            "and has no store: .*no deltackpt store here",
+            stores,
+        )
+    saves = sorted((lines[-1] for lines in told), key=len)
+    assert saves[0] == "both save: 3"
+    assert re.match("both save: (AlreadyExistsError|ConflictError) run 'main' .*3", saves[1])
+    assert open_run(tmp_path / "shared").steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_step_that_is_not_what_the_first_process_has_found_is_a_conflict(monkeypatch, step):
+    store = MemoryBackend()
+    save({"x": np.ones(3)}, store, step=1)
+    found = ["main", step, 7]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(integration, "_said_by_all", lambda mine: [{**mine, "slot": found}, mine])
+    with pytest.raises(ConflictError, match=f"'main' step {step}: was overwritten or forgotten"):
+        restore(store, {"x": np.ones(3)})
 
 
 # -- what may stand in a pytree

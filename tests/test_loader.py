@@ -1,6 +1,7 @@
 """Loading into memory one has, on devices, lazily, and in part."""
 
 import mmap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from deltackpt import delta, loader
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import CorruptError, FormatError, InvalidInputError, NotFoundError
 from deltackpt.manifest import Manifest
+from deltackpt.restore import resolve
 from deltackpt.run import Run
 from deltackpt.store import Store, open_store
 
@@ -384,6 +386,44 @@ def test_a_lazy_array_is_walked_row_by_row_and_never_searched():
     assert [row.tolist() for row in lazy] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(TypeError):
         _ = 3 in lazy
+
+
+def test_what_is_gathered_is_read_some_at_a_time(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((10, 20_000))
+    backend = saved(dict(enumerate(x)), Counting())
+    monkeypatch.setattr(loader, "_COPY_SIZE", 300_000)
+    for index in (..., slice(None, None, -1)):
+        lazy = opened(backend).load(lazy=True)
+        before = backend.read_size
+        each = loader.gather([(lazy[i], index) for i in range(10)])
+        assert backend.read_size == before
+        for n, (array, row) in enumerate(zip(each, x, strict=True)):
+            assert np.array_equal(array, row[index])
+            assert array.flags.writeable
+            assert backend.read_size - before < (n + 3) * 170_000
+    assert list(loader.gather([])) == []
+
+
+def test_a_chunk_that_several_parts_lie_in_is_read_once():
+    x = np.random.default_rng(0).standard_normal((20_000, 1))
+    backend = saved({"x": x, "same": x.copy(), "empty": np.zeros((0, 3))}, Counting())
+    lazy = opened(backend).load(lazy=True)
+    before = backend.read_size
+    picks = [("x", slice(i, None, 7)) for i in range(7)] + [("same", slice(5)), ("empty", slice(0, 0))]
+    found = list(loader.gather([(lazy[name], index) for name, index in picks]))
+    for array, (name, index) in zip(found, picks, strict=True):
+        assert np.array_equal(array, lazy[name].load()[index] if name == "empty" else x[index])
+    assert backend.read_size - before < 1.1 * x.nbytes
+    found[0][:] = 0  # each is an array of its own
+    assert np.array_equal(found[7], x[:5])
+
+
+def test_a_list_that_is_missing_is_told_by_its_tensor():
+    run = opened(saved({"w": np.arange(5)}))
+    (row,) = run.manifest().tensors
+    lost = replace(row, name="lost", level=1, root=bytes(32))
+    with pytest.raises(CorruptError, match=r"tensor 'lost': .*chunk 0000000000000000 is in no pack"):
+        resolve(run.store, [row, replace(row, level=1), lost])
 
 
 @needs_torch

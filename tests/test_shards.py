@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from deltackpt.integrations.shards import needed, resharded
+from deltackpt.integrations.shards import _pieces, needed, resharded
 from deltackpt.manifest import TensorRow
 from deltackpt.memory import Known, Memory
 from deltackpt.types import Tensor
@@ -105,3 +105,47 @@ def test_a_rank_remembers_its_own_shards_unless_they_are_others():
     assert found(w={"0,0": own}, new={"0,0": own}) == ["tensors.w.0,0", "values.numbers"]
     assert found(w={"0,0": own}, v={"2,0": own}) == names
     assert found(w={"0,0": (2, COLUMNS)}) == names
+
+
+def test_what_is_called_as_a_shard_and_is_none_has_no_pieces():
+    data = np.zeros(1000 * COLUMNS * ITEMSIZE, np.uint8)
+    memory = Memory([remembered("values.history.0,0", 1000, data, [])[0]])
+    assert not resharded(memory, [shard("values.history.500,0", 500, data[: data.size // 2])]).pieces
+
+
+def test_shards_at_offsets_that_no_tensor_has_are_passed_over():
+    data = np.zeros(1000 * COLUMNS * ITEMSIZE, np.uint8)
+    names = ["tensors.w.0,0", f"tensors.w.{10**18 - 1},0"]
+    memory = Memory([remembered(name, 1000, data, [])[0] for name in names])
+    new = [shard(f"tensors.w.{row},0", 500, data[: data.size // 2]) for row in (500, 10**18 - 2)]
+    assert list(resharded(memory, new).pieces) == ["tensors.w.500,0"]
+
+
+def test_pieces_are_those_of_the_tensors_given_last():
+    data = np.zeros(1000 * COLUMNS * ITEMSIZE, np.uint8)
+    memory = Memory([remembered("tensors.w.0,0", 1000, data, [])[0]])
+    assert resharded(memory, [shard("tensors.w.500,0", 500, data[: data.size // 2])]).pieces
+    assert not resharded(memory, [shard("tensors.w.500,0", 1000, data)]).pieces  # it ends later
+
+
+class Counted(list):
+    """Counts how often an item is looked at."""
+
+    n_looks = 0
+
+    def __getitem__(self, i):
+        self.n_looks += 1
+        return super().__getitem__(i)
+
+    def __iter__(self):
+        for i in range(len(self)):
+            yield self[i]
+
+
+def test_of_a_thousand_shards_those_are_looked_at_that_hold_the_pieces():
+    data = np.zeros(16 << 10, np.uint8)
+    known = remembered("tensors.w.0", 1, data, [])[0]
+    shards = Counted((i * data.size, known) for i in range(1000))
+    pieces = _pieces(700 * data.size, 3 * data.size, shards)
+    assert pieces.ends.tolist() == [data.size, 2 * data.size, 3 * data.size]
+    assert shards.n_looks < 30

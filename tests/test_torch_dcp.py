@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner  # n
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType  # noqa: E402
 
 import deltackpt  # noqa: E402
-from deltackpt import gc, last, open_run  # noqa: E402
+from deltackpt import gc, last, open_run, stats  # noqa: E402
+from deltackpt.energy import Meter, estimate, moved_size  # noqa: E402
 from deltackpt.errors import AlreadyExistsError, FormatError, InvalidInputError  # noqa: E402
 from deltackpt.integrations.torch_dcp import DeltaStorageReader, DeltaStorageWriter  # noqa: E402
 from deltackpt.store import open_store  # noqa: E402
@@ -60,6 +61,14 @@ def test_each_rank_has_packs_of_its_own_and_one_step_is_decided_for_all(job):
     assert report.step == 3
     assert 0 < report.new_size <= report.logical_size
     assert report.n_tensors > 4
+    assert report.energy == open_run(store).commit(3).figures.energy
+    assert report.energy.parts["cpu seconds"] > 0
+    moved = moved_size(report.logical_size, report.new_size, report.written_size)
+    expected = estimate(0.0, moved, report.written_size)  # of all ranks together
+    assert {name: report.energy.parts[name] for name in ("bytes moved", "bytes written")} == pytest.approx(
+        {name: expected[name] for name in ("bytes moved", "bytes written")}, abs=1e-5
+    )
+    assert stats.look(open_store(store)).energy.n_saves == 3
     backend = open_store(store).backend
     assert len(backend.list("packs/")) == 4 * 3
     assert len(backend.list("refs/main/")) == 3
@@ -205,6 +214,12 @@ def test_a_later_save_writes_what_changed(tmp_path):
     assert first.new_size >= first.logical_size
     assert second.new_size < 200
     assert [g.group for g in second.groups] == ["weights"]
+
+
+def test_no_rank_asks_counters_which_are_the_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(Meter, "read", None)
+    report = saved(tmp_path, {"w": torch.ones(1000)}, 1)
+    assert report.energy.method == "estimated: cpu seconds, bytes moved, bytes written"
 
 
 def test_a_part_is_loaded_by_reading_a_part(tmp_path, monkeypatch):

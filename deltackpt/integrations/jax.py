@@ -13,19 +13,24 @@ An array that is cut over several devices is one array there too: it is the same
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
-from deltackpt import arrays, delta, dtypes
-from deltackpt.errors import InvalidInputError
-from deltackpt.loader import LazyArray
+from deltackpt import arrays, delta, dtypes, errors, loader
+from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError, NotFoundError
+from deltackpt.loader import LazyArray, gather
+from deltackpt.records import Slot
 from deltackpt.report import SaveReport
-from deltackpt.run import Run
+from deltackpt.run import Run, open_run
 from deltackpt.store import Where
 from deltackpt.types import U8, Deferred, State
 
@@ -37,6 +42,8 @@ Path: TypeAlias = tuple[Hashable, ...]
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
 _N_PROBLEMS_MAX = 50
+#: Room for what a process tells the others: a name, and 500 characters of what went wrong.
+_SAID_SIZE = 8 << 10
 
 
 def save(
@@ -129,7 +136,8 @@ def restore(
     """Load a step into a pytree like another: its nesting, and its arrays' shardings.
 
     Each device gets the part of an array that it is to have, and only the chunks are read that hold parts of
-    devices of this process.
+    devices of this process.  Of several processes (`jax.distributed`) all must call it: they restore the step
+    that the first has found.
 
     Parameters
     ----------
@@ -146,7 +154,8 @@ def restore(
     Raises
     ------
     InvalidInputError
-        If a leaf is not in the step, or has another dtype or shape there; lists everything that is wrong.
+        If a leaf is not in the step, or has another dtype or shape there; lists everything that is wrong.  If
+        processes ask for different steps, or have different stores.
     DeltackptError
         As of `deltackpt.delta.load`.
 
@@ -159,7 +168,9 @@ def restore(
     >>> restore(store, abstract, strict=False)
     {'w': Array([0., 1., 2., 3.], dtype=float32)}
     """
-    if isinstance(store, Run):
+    if jax.process_count() > 1:
+        state = _found_by_all(store, run, step)
+    elif isinstance(store, Run):
         state = store.load(step, lazy=True)
     else:
         state = delta.load(store, step=step, run=run, lazy=True)
@@ -178,8 +189,78 @@ def restore(
             "\n  ".join(["like: does not match the step", *problems[:_N_PROBLEMS_MAX], *more]),
             hint="pass a pytree nested, shaped and typed as it was saved; strict=False for a part of it",
         )
-    values = [_restored(found[path], leaf) for path, leaf in wanted.items()]
+    picks = [
+        (found[path], index)
+        for path, leaf in wanted.items()
+        if isinstance(found[path], LazyArray)
+        for index in _indices(leaf)
+    ]
+    parts = map(arrays.as_numpy, gather(picks))
+    values = [_restored(found[path], leaf, parts) for path, leaf in wanted.items()]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+
+
+# --- several processes ---
+
+
+def _found_by_all(store: Where | Run, name: str, step: int | str) -> State:
+    """Load, lazily, the step that process 0 finds: another may see one that was saved since."""
+    mine: dict[str, Any] = {
+        "step": repr(step)[:99],
+        "run": str(name)[:200],
+        "store": None,
+        "slot": None,
+        "error": None,
+    }
+    error: DeltackptError | None = None
+    try:
+        run = store if isinstance(store, Run) else open_run(store, name, create=False)
+        mine["run"], mine["store"] = run.name, run.store.uuid.hex()
+        if jax.process_index() == 0:
+            mine["slot"] = run.commit(step).slot
+    except DeltackptError as e:  # the others wait to hear of it
+        error, mine["error"] = e, [type(e).__name__, e.message[:400], e.hint and e.hint[:100]]
+    slot = _agreed(_said_by_all(mine), error)
+    with suppress(NotFoundError):  # of which others, that have found it, would not hear
+        commit = run.commit(slot.step)
+        if commit.slot == slot:
+            with run.reading(commit):
+                manifest = run.store.read_manifest(commit)
+                return loader.load(run.store, manifest, lazy=True, reading=lambda: run.reading(commit))
+    raise ConflictError(
+        f"run {run.name!r} step {slot.step}: was overwritten or forgotten while it was restored",
+        hint="restore again",
+    )
+
+
+def _said_by_all(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tell all processes something short, and return what each has said."""
+    data = json.dumps(mine).encode()
+    row = np.zeros(_SAID_SIZE, np.uint8)
+    row[: len(data)] = list(data)
+    return [json.loads(said.tobytes().rstrip(b"\0")) for said in process_allgather(row)]
+
+
+def _agreed(said: Sequence[dict[str, Any]], error: DeltackptError | None) -> Slot:
+    """Return what process 0 has found, or raise what kept it from that; the same in all processes."""
+    first = said[0]
+    for i, other in enumerate(said):
+        if any(other[key] != first[key] for key in ("step", "run", "store")):
+            told = [
+                f"process {n} asks for step {x['step']} of run {x['run']!r}, "
+                + (f"store {x['store'][:8]}" if x["store"] else f"and has no store: {x['error'][1]}")
+                for n, x in ((0, first), (i, other))
+            ]
+            raise InvalidInputError(
+                f"restore: {told[0]}; {told[1]}",
+                hint="have all processes restore the same step from a store that all of them see",
+            )
+    if error is not None:
+        raise error
+    if first["error"]:
+        kind, message, hint = first["error"]
+        raise getattr(errors, kind)(f"process 0: {message}", hint=hint)
+    return Slot(*first["slot"])
 
 
 # --- a pytree by its paths ---
@@ -401,25 +482,43 @@ def _shape_of(leaf: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return tuple(data.shape), np.dtype(data.dtype)
 
 
-def _restored(found: Any, leaf: Any) -> Any:
-    """Return what a step has as a leaf like another."""
+def _indices(leaf: Any) -> list[Any]:
+    """Return by which indices to read what a leaf is to have, in the order in which it is put there."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or _is_weak(leaf) or _sharding_of(leaf) is None:
+        return [...]
+    shape, _ = _shape_of(leaf)
+    # NumPy's [()] is no array.
+    return [_slices(box) or ... for box, _ in _reads(list(_devices(leaf.sharding, shape)), shape)]
+
+
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+    """Return where a leaf is to be; None: wherever JAX puts it."""
+    return None if isinstance(leaf, jax.Array) and not leaf.committed else leaf.sharding
+
+
+def _is_weak(leaf: Any) -> bool:
+    """Whether a leaf is a scalar whose dtype gives way to others, as Python's numbers do."""
+    return leaf.shape == () and getattr(leaf, "weak_type", False)
+
+
+def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> Any:
+    """Return what a step has as a leaf like another; next among the parts are those of `_indices`."""
     if not _is_array(leaf):
-        return type(leaf)(arrays.as_numpy(found.load()).item()) if isinstance(found, LazyArray) else found
+        return type(leaf)(next(parts).item()) if isinstance(found, LazyArray) else found
     shape, dtype = _shape_of(leaf)
     if not isinstance(found, LazyArray):
-        found = np.asarray(found, dtype)
+        parts = repeat(np.asarray(found, dtype))
     if isinstance(leaf, np.ndarray | np.generic):
-        whole = arrays.as_numpy(found[...])
+        whole = next(parts)
         return whole[()] if isinstance(leaf, np.generic) else whole
-    is_free = isinstance(leaf, jax.Array) and not leaf.committed
-    sharding = None if is_free else leaf.sharding
-    made = _weak(found) if shape == () and getattr(leaf, "weak_type", False) else None
-    if made is not None:
-        return made if sharding is None else jax.device_put(made, sharding)
-    if sharding is None:
-        made = jax.device_put(arrays.as_numpy(found[...]))
-    else:
-        made = _sharded(found, shape, dtype, sharding)
+    sharding = _sharding_of(leaf)
+    if _is_weak(leaf):
+        value = next(parts)
+        made = _weak(value)
+        if made is not None:
+            return made if sharding is None else jax.device_put(made, sharding)
+        parts = repeat(value)
+    made = jax.device_put(next(parts)) if sharding is None else _sharded(parts, shape, dtype, sharding)
     if made.dtype != dtype:
         raise InvalidInputError(
             f"like: JAX makes {made.dtype} of {dtype}", hint="jax.config.update('jax_enable_x64', True)"
@@ -427,23 +526,23 @@ def _restored(found: Any, leaf: Any) -> Any:
     return jax.random.wrap_key_data(made, impl=_data_of(leaf)[0]) if _is_random_key(leaf) else made
 
 
-def _weak(found: Any) -> jax.Array | None:
-    """Return a scalar whose dtype gives way to others, as Python's numbers do; None if JAX makes no such."""
-    value = arrays.as_numpy(found[...])
+def _weak(value: np.ndarray[Any, Any]) -> jax.Array | None:
+    """Return a scalar as one that is weak; None if JAX makes no such of its dtype or bits."""
     made = jnp.asarray(value.item())
     return made if made.dtype == value.dtype and np.asarray(made).tobytes() == value.tobytes() else None
 
 
 def _sharded(
-    found: Any, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding
+    parts: Iterator[np.ndarray[Any, Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    """Read what each device of this process is to have of an array, and put it there."""
-    devices: dict[Box, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        devices.setdefault(_box(index, shape), []).append(device)
+    """Put what was read of an array onto the devices of this process that are to have it."""
+    devices = _devices(sharding, shape)
     placed = []
     for read, boxes in _reads(list(devices), shape):
-        part = arrays.as_numpy(found[_slices(read) or ...])  # NumPy's [()] is no array
+        part = next(parts)
         for box in boxes:
             one = np.asarray(part[_slices(_inside(box, read))], order="C")
             for device in devices[box]:
@@ -452,6 +551,14 @@ def _sharded(
     # Where this process has no device of it, JAX has to be told of what the array is.
     of = None if placed else dtype
     return jax.make_array_from_single_device_arrays(shape, sharding, placed, dtype=of)
+
+
+def _devices(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> dict[Box, list[jax.Device]]:
+    """Return which devices of this process are to have which parts of an array."""
+    devices: dict[Box, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(_box(index, shape), []).append(device)
+    return devices
 
 
 # --- boxes ---

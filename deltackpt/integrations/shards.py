@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import io
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple
-from operator import gt
+from operator import gt, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from deltackpt import leaves, loader, tree
+from deltackpt.energy import Energy
 from deltackpt.errors import ConflictError, CorruptError, InvalidInputError
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.memory import Known, Memory, Pieces
@@ -58,6 +60,7 @@ _KINDS = ("tensors", "values")
 _OFFSETS = r"[0-9]{1,18}(,[0-9]{1,18})*"
 #: A chunk costs some 180 bytes beside its own: pieces are not to be smaller on average.
 _PIECE_SIZE = 16 << 10
+_FIRST = itemgetter(0)
 _KEYS = (*_KINDS, "sizes", "requires_grad", "planner_data")
 
 
@@ -135,25 +138,28 @@ def resharded(memory: Memory, tensors: Sequence[Tensor | Deferred]) -> Memory:
     compared with shards of the same columns.
     """
     new = [tensor for tensor in tensors if tensor.size and memory.same_place(tensor) is None]
-    bands: dict[_Band, list[tuple[int, Known]]] = {}
-    for known in memory if new else ():
+    places = {tensor.name: place for tensor in new if (place := _place(tensor)) is not None}
+    bands: dict[_Band, list[tuple[int, Known]]] = {band: [] for band, _ in places.values()}
+    for known in memory if bands else ():
         found = _place(known.row)
-        if found is not None:
-            bands.setdefault(found[0], []).append((found[1], known))
+        if found is not None and found[0] in bands:
+            bands[found[0]].append((found[1], known))
     for shards in bands.values():
-        shards.sort(key=lambda shard: shard[0])
+        shards.sort(key=_FIRST)
+    memory.pieces = {}  # of the tensors it was given before
     for tensor in new:
-        found = _place(tensor)
-        pieces = _pieces(found[1], tensor.size, bands.get(found[0], [])) if found is not None else None
-        if pieces is not None:
-            memory.pieces[tensor.name] = pieces
+        if tensor.name in places:
+            band, start = places[tensor.name]
+            pieces = _pieces(start, tensor.size, bands[band])
+            if pieces is not None:
+                memory.pieces[tensor.name] = pieces
     return memory
 
 
 def _place(tensor: Tensor | Deferred | TensorRow) -> tuple[_Band, int] | None:
     """Return the band of a shard, and at which of its bytes it begins; None of what is not called as one."""
     name, _, key = tensor.name.rpartition(".")
-    if not re.fullmatch(_OFFSETS, key) or not tensor.shape:
+    if not name.startswith("tensors.") or not re.fullmatch(_OFFSETS, key) or not tensor.shape:
         return None
     row, *columns = map(int, key.split(","))
     if len(columns) + 1 != len(tensor.shape):
@@ -164,17 +170,20 @@ def _place(tensor: Tensor | Deferred | TensorRow) -> tuple[_Band, int] | None:
 
 def _pieces(start: int, size: int, shards: Sequence[tuple[int, Known]]) -> Pieces | None:
     """Return where bytes of a band stood in its shards; None if some did not, or in too many chunks."""
-    at, stop = start, start + size
+    at, stop, n = start, start + size, 0
     parts = []
-    for first, known in shards:
-        borders = first + np.concatenate([[0], known.ends])
-        if not first <= at < min(stop, borders[-1]):
-            continue
-        i, j = np.searchsorted(borders, at, "right") - 1, np.searchsorted(borders[:-1], stop)
-        starts, ends = np.maximum(borders[i:j], at), np.minimum(borders[i + 1 : j + 1], stop)
-        parts.append(Pieces(ends - start, known.ids[i:j], starts - borders[i:j]))
-        at = int(ends[-1])
-    n = sum(len(part.ends) for part in parts)
+    # From the one that it begins in: a band has as many shards as there were ranks.
+    for k in range(max(0, bisect_right(shards, start, key=_FIRST) - 1), len(shards)):
+        first, known = shards[k]
+        # Within the shard: offsets are anybody's, and may be too large for an array.
+        low, high = at - first, min(stop - first, int(known.ends[-1]))
+        if not 0 <= low < high:
+            break
+        i, j = np.searchsorted(known.ends, low, "right"), np.searchsorted(known.ends, high) + 1
+        begins = np.append(known.ends[i - 1] if i else 0, known.ends[i : j - 1])
+        ends = np.minimum(known.ends[i:j], high)
+        parts.append(Pieces(ends + (first - start), known.ids[i:j], np.maximum(begins, low) - begins))
+        at, n = first + high, n + len(ends)
     if at < stop or n > max(1, size // _PIECE_SIZE):
         return None
     return Pieces(*(np.concatenate(columns) for columns in zip(*map(astuple, parts), strict=True)))
@@ -216,8 +225,8 @@ def together(metadata: Metadata, everything: Sequence[Written]) -> Manifest:
     )
 
 
-def figures_of(parts: Sequence[Figures], written_size: int) -> Figures:
-    """Return the figures of all ranks together, and of what the coordinator has written."""
+def figures_of(parts: Sequence[Figures], written_size: int, energy: Energy) -> Figures:
+    """Return the figures of all ranks together, and of what the coordinator took to decide for them."""
     names = dict.fromkeys(name for part in parts for name in part.seconds)
     return Figures(
         sum(part.logical_size for part in parts),
@@ -228,6 +237,7 @@ def figures_of(parts: Sequence[Figures], written_size: int) -> Figures:
         sum(part.n_new_chunks for part in parts),
         {name: sum(part.seconds.get(name, 0.0) for part in parts) for name in names},
         folded([cost for part in parts for cost in part.groups]),
+        Energy.total([energy, *(part.energy for part in parts if part.energy is not None)]),
     )
 
 
@@ -328,6 +338,8 @@ class Step(NamedTuple):
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         """Hand out what is asked for: whole shards straight into their place, of others the parts."""
         whole: list[tuple[ReadItem, Leaf, torch.Tensor]] = []
+        cut: list[tuple[ReadItem, Leaf, torch.Tensor, tuple[slice, ...]]] = []
+        rows = self.manifest.tensors
         with self.run.reading(self.commit):
             for item in items:
                 if item.type is LoadItemType.BYTE_IO:
@@ -345,12 +357,13 @@ class Step(NamedTuple):
                 index = tuple(
                     slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True)
                 )
-                row = self.manifest.tensors[leaf.at]
-                target.copy_(loader.read_part(self.run.store, row, leaf, index, "cpu"))
+                cut.append((item, leaf, target, index))
+            wanted = [(rows[leaf.at], leaf, index) for _, leaf, _, index in cut]
+            parts = loader.read_parts(self.run.store, wanted, "cpu")
+            for (item, _, target, _), part in zip(cut, parts, strict=True):
+                target.copy_(part)
                 planner.commit_tensor(item, target)
-            loader.fill_into(
-                self.run.store, self.manifest.tensors, [(leaf, target) for _, leaf, target in whole]
-            )
+            loader.fill_into(self.run.store, rows, [(leaf, target) for _, leaf, target in whole])
         for item, _, target in whole:
             planner.commit_tensor(item, target)
 

@@ -38,6 +38,7 @@ from torch.futures import Future
 
 from deltackpt import snapshot
 from deltackpt.efforts import Optimize, check_optimize
+from deltackpt.energy import Energy, Meter, moved_size
 from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError
 from deltackpt.integrations.shards import (
     Step,
@@ -90,7 +91,8 @@ class DeltaStorageWriter(StorageWriter):
     Attributes
     ----------
     report : SaveReport or None
-        On the coordinator, of the last save; seconds and bytes are those of all ranks together.
+        On the coordinator, of the last save; seconds, bytes and joules are those of all ranks together, the
+        joules estimated.
 
     Raises
     ------
@@ -190,8 +192,9 @@ class DeltaStorageWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         results = [WriteResult(item.index, _size(item), None) for item in plan.items]
         if results:  # once: all of this rank's items are written together
+            meter = Meter()
             with _taken(self) as saver:
-                written = self._write(of_rank(plan.items, planner), saver)
+                written = self._write(of_rank(plan.items, planner), saver, meter)
             self._give_up = weakref.finalize(self, _give_up, saver.store, written.part.name)
             results[0] = replace(results[0], storage_data=written)
         future.set_result(results)
@@ -220,7 +223,7 @@ class DeltaStorageWriter(StorageWriter):
 
     # -- below
 
-    def _write(self, state: State, saver: Saver) -> Written:
+    def _write(self, state: State, saver: Saver, meter: Meter) -> Written:
         assert self.step is not None
 
         def before(tensors: Sequence[Tensor | Deferred]) -> Memory:
@@ -233,6 +236,9 @@ class DeltaStorageWriter(StorageWriter):
             session.publish(None)
             packs, rows = session.packs(), session.rows()
             figures = saved.figures(session)
+            # Not by counters: ranks of one machine would each count all of it.
+            moved = moved_size(figures.logical_size, figures.new_size, figures.written_size)
+            figures = replace(figures, energy=meter.estimated(moved, figures.written_size))
             part = session.hand_over()
         # Packs that are there may be relied on by the next save even if nobody decides this one.
         saver.memory = saved.memory(packs, rows)
@@ -244,18 +250,21 @@ class DeltaStorageWriter(StorageWriter):
         """Commit what all ranks have written; the report, and the latest step there was at first."""
         assert self.step is not None
         what = What(self.step, self.metrics, self.metadata, self.overwrite, self.optimize)
+        meter = Meter()
         with _taken(self) as saver:
             session = saver.open(what)
             with session.losing(), session:
                 data = together(metadata, everything).to_bytes()
                 session.publish(data, [written.part for written in everything])
                 before = session.superseded
+                written_size = session.written_size
+                energy = meter.estimated(moved_size(0, 0, written_size), written_size)
                 commit = session.commit(
                     data,
                     parent=before.parent if before else saver.last_step,
                     metrics=what.metrics,
                     metadata=what.metadata,
-                    figures=figures_of([written.figures for written in everything], session.written_size),
+                    figures=figures_of([written.figures for written in everything], written_size, energy),
                 )
             saver.last_step = commit.slot.step
             return _report(commit), saver.found_step
@@ -371,6 +380,7 @@ def _report(commit: Commit) -> SaveReport:
         of.seconds,
         0.0,
         groups=of.groups,
+        energy=of.energy or Energy(),
     )
 
 

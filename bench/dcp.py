@@ -7,9 +7,10 @@ Never  trains: the states are those of states.py.
 
 Every tensor is sharded by rows over the ranks, as FSDP2 does, and saved over gloo by `dcp.save`: each save
 of a series by torch's `FileSystemWriter` and by `DeltaStorageWriter`, in turns, and loaded back by each at
-the end. Seconds are the first rank's, from a barrier before to the return on all ranks. torch's writer
-flushes its files (`sync_files=True`, its default). Then the last state is saved again by 2 and by 3 ranks:
-what of it is new, as bytes of chunks that the store did not have, and as bytes written?
+the end. Seconds are the first rank's, from a barrier before to the return on all ranks; *its own* are those
+in the writer, the rest is what DCP does with any: planning, telling the ranks, waiting for them. torch's
+writer flushes its files (`sync_files=True`, its default). Then the last state is saved again by 2 and by 3
+ranks: what of it is new, as bytes of chunks that the store did not have, and as bytes written?
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ TOOLS: dict[str, Tool] = {
 }
 
 
+#: In the order they are printed in.
+FIGURES = ("first_s", "first_own_s", "later_s", "later_own_s", "first_size", "later_size", "load_s")
+
+
 def in_ranks(n: int, work: Callable[..., None], *args: Any) -> None:
     """Have `work(rank, ...)` done by n processes, each of one thread of torch."""
     with socket.socket() as s:
@@ -81,13 +86,15 @@ def sharded(tensors: Tensors, mesh: DeviceMesh) -> dict[str, DTensor]:
 def saves(rank: int, regime: str, size: str, cache: Path, at: Path, out: Path) -> None:
     """Save a series by each tool; seconds and bytes of every save, seconds of the last one's load."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "bytes": []} for name in TOOLS}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "own": [], "bytes": []} for name in TOOLS}
     trained = series(regime, size, 0, cache).saves
     for step, save in enumerate(trained):
         state = sharded(save.tensors(), mesh)
         for name, (writer, _) in TOOLS.items():
-            seconds = timed(functools.partial(dcp.save, state, storage_writer=writer(at / name, step)))
-            found[name]["seconds"].append(seconds)
+            by = writer(at / name, step)
+            own = [timing(by, call) for call in ("write_data", "finish")]
+            found[name]["seconds"].append(timed(functools.partial(dcp.save, state, storage_writer=by)))
+            found[name]["own"].append(sum(map(sum, own)))
             found[name]["bytes"].append(tree_size(at / name) - sum(found[name]["bytes"]))
     for name, (_, reader) in TOOLS.items():
         into = {key: tensor.clone().detach() for key, tensor in state.items()}
@@ -106,6 +113,21 @@ def timed(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def timing(writer: dcp.StorageWriter, call: str) -> list[float]:
+    """Have the seconds of each call of a method noted."""
+    taken: list[float] = []
+    method = getattr(writer, call)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        taken.append(time.perf_counter() - start)
+        return result
+
+    setattr(writer, call, wrapped)
+    return taken
 
 
 def saves_again(rank: int, regime: str, size: str, cache: Path, at: Path, step: int) -> None:
@@ -140,6 +162,8 @@ def measure(regime: str, options: argparse.Namespace) -> dict[str, Any]:
         tools[name] = {
             "first_s": statistics.median(one["seconds"][0] for one in each),
             "later_s": statistics.median(s for one in each for s in one["seconds"][1:]),
+            "first_own_s": statistics.median(one["own"][0] for one in each),
+            "later_own_s": statistics.median(s for one in each for s in one["own"][1:]),
             "first_size": each[0]["bytes"][0],
             "later_size": statistics.median(each[0]["bytes"][1:]),
             "load_s": statistics.median(one["load_s"] for one in each),
@@ -167,25 +191,21 @@ def main() -> None:
     if options.json:
         body = {"machine": machine(), "ranks": options.ranks, "repeats": options.repeats, "regimes": results}
         options.json.write_text(json.dumps(body, indent=1) + "\n")
-    columns = ("", "", ">first save", ">later", ">bytes, first", ">later", ">load")
+    columns = ("", "", ">first save", ">its own", ">later", ">its own", ">bytes, first", ">later", ">load")
     for regime, found in results.items():
         torchs, ours = found["tools"].values()
         rows = [
             (
                 regime,
                 name,
-                human_time(f["first_s"]),
-                human_time(f["later_s"]),
+                *(human_time(f[key]) for key in ("first_s", "first_own_s", "later_s", "later_own_s")),
                 human_size(f["first_size"]),
                 human_size(int(f["later_size"])),
                 human_time(f["load_s"]),
             )
             for name, f in found["tools"].items()
         ]
-        ratios = [f"{ours[key] / torchs[key]:.3f}" for key in torchs]
-        keys = list(torchs)
-        order = [keys.index(k) for k in ("first_s", "later_s", "first_size", "later_size", "load_s")]
-        rows.append((regime, "ratio", *(ratios[i] for i in order)))
+        rows.append((regime, "ratio", *(f"{ours[key] / torchs[key]:.3f}" for key in FIGURES)))
         print(table(columns, rows))
         for n, (new, written) in found["new share by ranks"].items():
             print(f"the last state saved by {n} ranks: {100 * new:.1f} % new, {100 * written:.1f} % written")

@@ -22,12 +22,9 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import secrets
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +34,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltackpt import restore as chunks
-from deltackpt import tree
+from deltackpt import targets, tree
 from deltackpt.backends.local import LocalBackend
 from deltackpt.containers import spans
 from deltackpt.efforts import Optimize
@@ -51,7 +48,6 @@ from deltackpt.errors import (
     StorageError,
     UnsupportedVersionError,
 )
-from deltackpt.files import reserve, storage_errors
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.records import check_step
 from deltackpt.report import SaveReport
@@ -259,7 +255,7 @@ class Found:
             raise NotFoundError(f"{path}: no such file or directory", hint="check the path")
         self.step = step
         name = path.absolute().name
-        with storage_errors(path):
+        with targets.storage_errors(path):
             path = Path(os.path.realpath(path, strict=True))  # it may itself be a link
         if not name or name == "..":
             name = path.name or "files"
@@ -274,7 +270,7 @@ class Found:
             entry: dict[str, Any] = {"path": relative}
             entries.append(entry)
             if stat.S_ISLNK(found.st_mode):
-                with storage_errors(full):
+                with targets.storage_errors(full):
                     target = os.readlink(full)  # noqa: PTH115  (a Path would not be as it was written)
                 _check_size(full, target)
                 if not _stays_inside(relative, target):
@@ -326,7 +322,7 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     while todo:
         relative = todo.pop()
         full = root / relative if relative else root
-        with storage_errors(full):
+        with targets.storage_errors(full):
             found = full.lstat()
             yield relative, found
             if stat.S_ISDIR(found.st_mode):
@@ -341,7 +337,7 @@ def _signs(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _mapped(path: Path, found: os.stat_result) -> U8:
-    with storage_errors(path):
+    with targets.storage_errors(path):
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             now = os.fstat(file)
@@ -441,14 +437,13 @@ def restore(
         folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {commit.slot.step}")
         path = Path(folder.name) if out is None else out
         _check_target(path, run, overwrite, is_file=folder.entries[0].kind == "file")
-        temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
+        temporary = targets.beside(path, "tmp")
         try:
-            with storage_errors(path):
+            with targets.storage_errors(path):
                 folder.write(temporary, partial(chunks.fill, run.store), progress)
-            with storage_errors(path):
-                _put_in_place(temporary, path)
+            targets.put_in_place(temporary, path)
         except BaseException:
-            _remove(temporary)
+            targets.discard(temporary)
             raise
     return Restored(commit.slot.step, path, sum(entry.size for entry in folder.entries))
 
@@ -491,20 +486,6 @@ def _is_same(path: Path, found: os.stat_result, entry: _Entry, by_content: bool)
     return _hash(_mapped(path, found)) == entry.blake3 if by_content else found.st_mtime_ns == entry.mtime_ns
 
 
-def remove(path: Path) -> None:
-    """Remove a directory; by its name it is whole, or not there."""
-    gone = path.with_name(f".deltackpt-{secrets.token_hex(8)}.gone")
-    with storage_errors(path):
-        path.rename(gone)
-    _remove(gone)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what is left of a directory whose removal was cut short."""
-    for path in directory.glob(".deltackpt-*.gone"):
-        _remove(path)
-
-
 def _holds(path: Path, run: Run) -> bool:
     """Return whether the store of a run lies in what has this name, or is it."""
     backend = run.store.backend
@@ -529,45 +510,6 @@ def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> No
         raise AlreadyExistsError(
             f"{path}: is there already", hint=f"choose another name; --overwrite {deletes}"
         )
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Give what was written its name.
-
-    A directory cannot take the place of another in one move: that one is moved away first, and deleted once
-    the new one has its name.
-    """
-    is_away = path.is_dir() and not path.is_symlink()
-    away = path.with_name(f".deltackpt-{secrets.token_hex(8)}.old")
-    if is_away or (temporary.is_dir() and os.path.lexists(path)):
-        path.rename(away)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        if os.path.lexists(away):
-            away.rename(path)
-        raise
-    _sync(path.parent)
-    _remove(away)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        for directory, _, _ in os.walk(path):  # those without write permission too
-            with suppress(OSError):
-                Path(directory).chmod(0o700)
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sync(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 class _Entry(NamedTuple):
@@ -660,7 +602,7 @@ def _write_file(
 ) -> None:
     with path.open("x+b") as file:
         if entry.size:
-            reserve(file.fileno(), entry.size)
+            targets.reserve(file.fileno(), entry.size)
             mapped = mmap.mmap(file.fileno(), entry.size)
             content: U8 = np.frombuffer(mapped, np.uint8)
             _fill_file(content, entry, fill, progress)

@@ -23,7 +23,7 @@ MODULES["deltackpt"] = MODULES.pop("__init__")
 
 #: Modules that open files which are not a store's.
 OPENS_FILES = {
-    "files", "folders", "markers", "series", "export", "demo", "cli", "process", "energy",
+    "targets", "files", "folders", "markers", "series", "export", "demo", "cli", "process", "energy",
     "integrations.transformers",
 }  # fmt: skip
 FILE_MODULES = {"pathlib", "shutil", "tempfile", "glob", "io", "fcntl", "fileinput", "mmap"}

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deltackpt
-from deltackpt import delta, folders, load_files, open_run, save_files
+from deltackpt import delta, folders, load_files, open_run, save_files, targets
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import (
     AlreadyExistsError,
@@ -639,7 +639,7 @@ def test_a_directory_is_as_saved_until_something_in_it_changes(tmp_path):
                 # By content, what others put beside it does not count; by time no file of it is the same.
                 is_same = by_content and "more" in change
                 assert folders.is_as_saved(run, 1, other, by_content=by_content) == is_same
-                folders.remove(other)
+                targets.remove(other)
             assert not folders.is_as_saved(run, 1, tmp_path / "none", by_content=by_content)
         of = (root / "large.bin").stat()
         (root / "large.bin").write_bytes(bytes(of.st_size))
@@ -647,17 +647,6 @@ def test_a_directory_is_as_saved_until_something_in_it_changes(tmp_path):
         os.utime(root / "large.bin", ns=(of.st_atime_ns, of.st_mtime_ns))
         assert folders.is_as_saved(run, 1, root)  # it looks at the time alone
         assert not folders.is_as_saved(run, 1, root, by_content=True)
-
-
-def test_a_removal_that_is_cut_short_leaves_no_half_by_the_name_and_is_made_up_for(tmp_path, monkeypatch):
-    root = made(tmp_path / "c", TREE)
-    with monkeypatch.context() as patched:
-        patched.setattr(folders, "_remove", lambda path: None)
-        folders.remove(root)
-    assert not root.exists()
-    assert len(list(tmp_path.iterdir())) == 1
-    folders.remove_leftovers(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 #: Saves and restores a directory; the memory of its own that it takes for that, in bytes.

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltackpt import folders
+from deltackpt import folders, targets
 from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.folders import FolderSaver, Found
@@ -132,7 +132,7 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
         """Refuse to begin where the run has gone on already."""
         if not state.is_world_process_zero:
             return
-        folders.remove_leftovers(Path(args.output_dir))
+        targets.remove_leftovers(Path(args.output_dir))
         self.report = None
         run = self._existing()
         newest = run.latest() if run is not None else None
@@ -165,7 +165,7 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
         log.info("%s", self.report)
         # Only now that the step is durable; each goes by one rename, so that what has its name is whole.
         for old in stale if self.on_disk or step == best else [*stale, path]:
-            folders.remove(old)
+            targets.remove(old)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -42,9 +42,10 @@ from deltackpt.errors import (
     InvalidInputError,
     NotFoundError,
 )
+from deltackpt.labels import check_metadata, check_metrics
 from deltackpt.records import check_step
 from deltackpt.report import SaveReport
-from deltackpt.run import Run, check_metadata, check_metrics, open_run
+from deltackpt.run import Run, open_run
 from deltackpt.saver import Saver, What
 from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Where

@@ -19,15 +19,17 @@ differs from.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -50,7 +52,7 @@ from deltackpt.saver import Saver, What
 from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Where
 from deltackpt.structure import Names
-from deltackpt.types import DTYPE_SIZES, U8, Tensor
+from deltackpt.types import DTYPE_SIZES, U8, Deferred
 
 #: The key that tells a step of files from other states, and how its entries are written down.
 MARK = "deltackpt.files"
@@ -58,8 +60,9 @@ VERSION = 1
 
 #: A file of no more bytes, in which there are no tensors, stands in the manifest.
 _INLINE_SIZE_MAX = 1024
-#: A file of no more bytes is read, a larger one mapped.
-_READ_SIZE_MAX = 1 << 20
+#: So many bytes are read, more are mapped: each map takes a descriptor, of which there may be 1,024, and what
+#: a shadow of a gigabyte is to be copied from takes 512.
+_READ_SIZE_MAX = 2 << 20
 #: Bytes of a path, with room for a number: from 4096 on a text is a tensor, which a path must not be.
 _PATH_SIZE_MAX = 4000
 MODE = 0o777  # no set-uid of a stranger's making
@@ -178,7 +181,7 @@ class FolderSaver:
 
 
 class Found:
-    """A directory or a file as it was found, its files mapped.
+    """A directory or a file as it was found; the bytes of its files are read when they are looked at.
 
     Parameters
     ----------
@@ -236,10 +239,8 @@ class Found:
             entry |= {"mode": found.st_mode & MODE, "mtime_ns": found.st_mtime_ns}
             self._seen.append((full, _signs(found)))
             if is_file:
-                data = mapped(full, found)
-                entry["blake3"] = hash_of(data)
                 entry["key"] = keys.unique(_key(relative, step))
-                entry["gaps"], files[entry["key"]] = _taken_apart(data)
+                entry["blake3"], entry["gaps"], files[entry["key"]] = _taken_apart(File.of(full, found))
         self.state = {MARK: VERSION, "name": name, "entries": entries, "files": files}
 
     def check(self) -> None:
@@ -250,10 +251,7 @@ class Found:
             except OSError:
                 same = False
             if not same:
-                raise ConflictError(
-                    f"{path}: changed while it was read; nothing is saved",
-                    hint="save it again once nobody writes to it",
-                )
+                raise _changed(path)
 
 
 def _check_size(full: Path, text: str) -> None:
@@ -285,20 +283,87 @@ def _signs(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def mapped(path: Path, found: os.stat_result) -> U8:
-    """Return the bytes of a file that is still as it was found."""
-    with targets.storage_errors(path):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            now = os.fstat(file)
-            if _signs(now) != _signs(found):
-                raise ConflictError(f"{path}: changed while it was read", hint="save it again")
-            if now.st_size > _READ_SIZE_MAX:
-                return np.frombuffer(mmap.mmap(file, now.st_size, access=mmap.ACCESS_READ), np.uint8)
-            with os.fdopen(file, "rb", closefd=False) as content:
-                return np.frombuffer(content.read(), np.uint8)
-        finally:
-            os.close(file)
+class Stretch(NamedTuple):
+    """Some bytes of a file."""
+
+    offset: int
+    size: int
+
+
+class File(NamedTuple):
+    """A file as it was found.
+
+    Nothing of it is held: a directory may be larger than the memory, and have more files than may be open.
+    """
+
+    path: Path
+    size: int
+    signs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, found: os.stat_result) -> File:
+        """Return what was found."""
+        return cls(path, found.st_size, _signs(found))
+
+    def content(self) -> U8:
+        """Return all of its bytes."""
+        return self.read(Stretch(0, self.size))
+
+    def read(self, *stretches: Stretch) -> U8:
+        """Return some of its bytes, one stretch behind another: a copy, or, of one long stretch, a map.
+
+        Raises
+        ------
+        ConflictError
+            If it is not what was found any more.
+        StorageError
+            If it cannot be read.
+        """
+        with targets.storage_errors(self.path):
+            try:
+                file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise _changed(self.path) from e
+            try:
+                if _signs(os.fstat(file)) != self.signs:
+                    raise _changed(self.path)
+                return _map(file, *stretches) if _is_mapped(stretches) else self._copy(file, stretches)
+            finally:
+                os.close(file)
+
+    def _copy(self, file: int, stretches: Sequence[Stretch]) -> U8:
+        data, end = np.empty(sum(part.size for part in stretches), np.uint8), 0
+        for offset, size in stretches:
+            stop = end + size
+            while end < stop:
+                n = os.preadv(file, [data[end:stop].data], offset + size - (stop - end))
+                if not n:
+                    raise _changed(self.path)
+                end += n
+        return data
+
+    def tensor(self, dtype: str, *stretches: Stretch) -> Deferred:
+        """Return some of its bytes as elements, to be read when they are needed."""
+        n = sum(part.size for part in stretches) // DTYPE_SIZES[dtype]
+        return Deferred("", dtype, (n,), "numpy", partial(self.read, *stretches), not _is_mapped(stretches))
+
+
+def _is_mapped(stretches: Sequence[Stretch]) -> bool:
+    return len(stretches) == 1 and stretches[0].size > _READ_SIZE_MAX
+
+
+def _map(file: int, stretch: Stretch) -> U8:
+    before = stretch.offset % mmap.ALLOCATIONGRANULARITY
+    whole = mmap.mmap(file, before + stretch.size, access=mmap.ACCESS_READ, offset=stretch.offset - before)
+    return np.frombuffer(whole, np.uint8)[before:]
+
+
+def _changed(path: Path) -> ConflictError:
+    return ConflictError(
+        f"{path}: changed while it was read; nothing is saved", hint="save it again once nobody writes to it"
+    )
 
 
 def hash_of(data: U8) -> str:
@@ -317,23 +382,21 @@ def _key(relative: str, step: int) -> str:
     return _STEP.sub(lambda m: m[1] + "N" if int(m[2]) == step else m[0], relative) or "file"
 
 
-def _taken_apart(data: U8) -> tuple[list[int], Any]:
-    """Return the sizes of what lies around a file's tensors, and its content."""
-    found = spans(data)
+def _taken_apart(file: File) -> tuple[str, list[int], Any]:
+    """Return a file's hash, the sizes of what lies around its tensors, and its content."""
+    data = file.content()
+    digest, found = hash_of(data), spans(data)
     if not found:
-        return [], data.tobytes() if data.size <= _INLINE_SIZE_MAX else _tensor(data, "uint8")
+        is_small = data.size <= _INLINE_SIZE_MAX
+        return digest, [], data.tobytes() if is_small else file.tensor("uint8", Stretch(0, file.size))
     ends = [0, *(span.offset + span.size for span in found)]
-    starts = [*(span.offset for span in found), data.size]
-    rest = [data[end:start] for end, start in zip(ends, starts, strict=True)]
+    starts = [*(span.offset for span in found), file.size]
+    gaps = [Stretch(end, start - end) for end, start in zip(ends, starts, strict=True)]
     names = Names()
-    parts = {names.unique("rest"): _tensor(np.concatenate(rest), "uint8")}
+    parts = {names.unique("rest"): file.tensor("uint8", *gaps)}
     for span in found:
-        parts[names.unique(span.name)] = _tensor(data[span.offset : span.offset + span.size], span.dtype)
-    return [part.size for part in rest], parts
-
-
-def _tensor(data: U8, dtype: str) -> Tensor:
-    return Tensor("", dtype, (data.size // DTYPE_SIZES[dtype],), "numpy", data)
+        parts[names.unique(span.name)] = file.tensor(span.dtype, Stretch(span.offset, span.size))
+    return digest, [gap.size for gap in gaps], parts
 
 
 def stays_inside(relative: str, target: str) -> bool:

@@ -29,7 +29,7 @@ from deltackpt.errors import (
     StorageError,
     UnsupportedVersionError,
 )
-from deltackpt.folders import MARK, MODE, VERSION, hash_of, holds_store, mapped, stays_inside, walk
+from deltackpt.folders import MARK, MODE, VERSION, File, hash_of, holds_store, stays_inside, walk
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.run import Run, open_run
 from deltackpt.store import Where
@@ -155,7 +155,9 @@ def _is_same(path: Path, found: os.stat_result, entry: _Entry, by_content: bool)
         return stat.S_ISDIR(found.st_mode)
     if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
         return False
-    return hash_of(mapped(path, found)) == entry.blake3 if by_content else found.st_mtime_ns == entry.mtime_ns
+    if by_content:
+        return hash_of(File.of(path, found).content()) == entry.blake3
+    return found.st_mtime_ns == entry.mtime_ns
 
 
 def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ import deltackpt
 from deltackpt import delta, load_files, open_run, save_files
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.errors import ConflictError, InvalidInputError, NotFoundError, StorageError
-from deltackpt.folders import FolderSaver, Found
+from deltackpt.folders import File, FolderSaver, Found, Stretch
 
 try:
     import torch
 except ImportError:
     torch = None
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 
 
@@ -291,8 +294,11 @@ def change(root: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["written", "grown", "replaced", "gone", "another"])
 @pytest.mark.parametrize("has_one", [False, True])
-def test_what_changes_while_it_is_read_is_refused_and_nothing_is_saved_or_lost(tmp_path, how, has_one):
-    root = made(tmp_path / "c", {"w.npz": npz()})
+@pytest.mark.parametrize("content", [npz(), b"mapped" * 1_000_000], ids=["read", "mapped"])
+def test_what_changes_while_it_is_read_is_refused_and_nothing_is_saved_or_lost(
+    tmp_path, how, has_one, content
+):
+    root = made(tmp_path / "c", {"w.npz": content})
     store = MemoryBackend()
     with open_run(store) as run:
         saver = FolderSaver(run)
@@ -390,13 +396,75 @@ print(most[0] - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc says nothing of memory here")
-def test_a_directory_larger_than_the_memory_is_saved_and_restored(tmp_path):
+@needs_proc
+@pytest.mark.parametrize("n_files", [1, 96])
+def test_a_directory_larger_than_the_memory_is_saved_and_restored(tmp_path, n_files):
     random = np.random.default_rng(0)
-    root = made(tmp_path / "c", {"blob": random.bytes(96 << 20)})
-    np.savez(root / "w.npz", w=random.standard_normal(24 << 20, np.float32))
+    root = made(tmp_path / "c", {str(i): random.bytes((96 << 20) // n_files) for i in range(n_files)})
+    for i in range(n_files):
+        np.savez(root / f"{i}.npz", w=random.standard_normal((24 << 20) // n_files, np.float32))
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 64 << 20  # of 192 MiB
     assert facts(tmp_path / "out") == facts(root)
+
+
+def descriptors() -> set[int]:
+    """The open files of this process, by number."""
+    return {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("how", ["written", "grown", "replaced", "gone"])
+@pytest.mark.parametrize("content", [npz(), b"mapped" * 1_000_000], ids=["read", "mapped"])
+def test_a_file_that_is_not_what_was_found_any_more_is_not_read(tmp_path, how, content):
+    path = made(tmp_path / "c", {"w.npz": content}) / "w.npz"
+    found = File.of(path, path.lstat())
+    assert found.content().tobytes() == content
+    assert found.read(Stretch(3, 5), Stretch(1, 2)).tobytes() == content[3:8] + content[1:3]
+    change(tmp_path / "c", how)
+    with pytest.raises(ConflictError, match="npz: changed while it was read"):
+        found.content()
+
+
+@needs_proc
+def test_of_what_was_found_no_bytes_are_held(tmp_path):
+    root = made(tmp_path / "c", {f"{i}.npz": npz(i) for i in range(50)} | {"large": bytes(3 << 20)})
+    before = descriptors()
+    tracemalloc.start()
+    try:
+        found = Found(root, 1)
+        held_size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.state["files"]) == 51
+    assert held_size < 50 * len(npz()) / 2
+    assert descriptors() == before
+
+
+@needs_proc
+def test_a_directory_may_have_more_files_than_may_be_open(tmp_path):
+    root = made(tmp_path / "c", {})
+    for i in range(50):
+        with (root / str(i)).open("wb") as file:
+            file.truncate((2 << 20) + 1 + i)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(before[0])) - descriptors())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], before[1]))
+    try:
+        comes_back(root, MemoryBackend(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_is_remembered_of_a_file_is_a_copy_which_no_later_write_to_it_changes(tmp_path):
+    random = np.random.default_rng(0)
+    first = random.standard_normal(1 << 20, np.float32).tobytes()
+    root = made(tmp_path / "c", {"w": first})
+    with open_run(MemoryBackend()) as run:
+        saver = FolderSaver(run)
+        saver.save(Found(root, 1))
+        with (root / "w").open("r+b") as file:
+            file.write(bytes(len(first)))
+        row = run.manifest().tensors[0]
+        assert saver._saver.shadow.get(row.name, row.root).tobytes() == first

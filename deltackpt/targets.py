@@ -95,7 +95,7 @@ def discard(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, and those above it, where they are not there.
+    """Make a directory, and those above it, where they are not there; durable on return.
 
     Raises
     ------
@@ -103,7 +103,12 @@ def make_directory(path: Path) -> None:
         If it cannot be made.
     """
     with storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            return
+    make_directory(path.parent)
+    with storage_errors(path):
+        path.mkdir(exist_ok=True)
+    flush_names(path.parent)
 
 
 def flush_names(directory: Path) -> None:

@@ -191,7 +191,7 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
 
 def _restore(run: Run, step: int, path: Path) -> None:
     """Put a step where the Trainer wrote it, and the best one that it speaks of."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    targets.make_directory(path.parent)
     if not path.exists() or not originals.is_as_saved(run, step, path, by_content=True):
         if path.exists():
             log.warning("%s: is not what was saved of step %d, and is replaced", path, step)

@@ -66,6 +66,8 @@ _READ_SIZE_MAX = 2 << 20
 #: Bytes of a path, with room for a number: from 4096 on a text is a tensor, which a path must not be.
 _PATH_SIZE_MAX = 4000
 MODE = 0o777  # no set-uid of a stranger's making
+#: Who hashes in several threads: a forked child has none of its parent's, and would wait for them for ever.
+_PID = os.getpid()
 #: The number of a step in a path: ``global_step100``, ``checkpoint-100``, ``iter_0000100``.
 _STEP = re.compile(r"(?i)((?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?)0*(\d+)")
 
@@ -368,7 +370,7 @@ def _changed(path: Path) -> ConflictError:
 
 def hash_of(data: U8) -> str:
     """Return what tells a file's bytes from all others."""
-    return blake3(data, max_threads=blake3.AUTO).hexdigest()
+    return blake3(data, max_threads=blake3.AUTO if os.getpid() == _PID else 1).hexdigest()
 
 
 def _key(relative: str, step: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -146,6 +147,22 @@ def test_any_two_directories_come_back_one_behind_the_other(tmp_path_factory, fi
         for step in (1, 2):
             out = load_files(store, here / "out" if step == 1 else here / "again", step=step)
             assert facts(out) == facts(here / f"checkpoint-{step}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_saves_and_restores_files_too(tmp_path):
+    root = made(tmp_path / "c", {"large": bytes(3 << 20)})
+    save_files(root, tmp_path / "store", step=1)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)  # what is waited for in vain ends by it
+        try:
+            save_files(root, tmp_path / "store", step=2)
+            load_files(tmp_path / "store", tmp_path / "out")
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert facts(tmp_path / "out") == facts(root)
 
 
 def test_what_is_loaded_is_the_plain_state(tmp_path):

@@ -109,14 +109,8 @@ def restore(
         folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {commit.slot.step}")
         path = Path(folder.name) if out is None else out
         _check_target(path, run, overwrite, is_file=folder.entries[0].kind == "file")
-        temporary = targets.beside(path, "tmp")
-        try:
-            with targets.storage_errors(path):
-                folder.write(temporary, partial(chunks.fill, run.store), progress)
-            targets.put_in_place(temporary, path)
-        except BaseException:
-            targets.discard(temporary)
-            raise
+        with targets.placing(path) as temporary, targets.storage_errors(path):
+            folder.write(temporary, partial(chunks.fill, run.store), progress)
     return Restored(commit.slot.step, path, sum(entry.size for entry in folder.entries))
 
 

@@ -1,6 +1,6 @@
 """Targets: what the user asked for at a path, put there whole and durably, or not at all.
 
-Owns   the hidden names beside one, the renames, the flushing of names, the words for what the system refuses.
+Owns   the hidden names beside one, the renames, what a kill left of them, words for what the system refuses.
 Never  looks into a file, or knows a store.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,12 +16,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from blake3 import blake3
+
+from deltackpt import process
 from deltackpt.errors import InvalidInputError, NotFoundError, StorageError
 
 
 def beside(path: Path, kind: str) -> Path:
-    """Return a new hidden name in the directory of a target."""
-    return path.with_name(f".deltackpt-{secrets.token_hex(8)}.{kind}")
+    """Return a new hidden name in the directory of a target, which tells whose it is."""
+    return path.with_name(f".deltackpt-{_mark(path)}.{process.tag()}.{secrets.token_hex(4)}.{kind}")
+
+
+def _mark(path: Path) -> str:
+    return blake3(os.fsencode(path.name)).hexdigest(length=8)
+
+
+@contextmanager
+def placing(path: Path) -> Iterator[Path]:
+    """Yield a hidden name for a new file or directory, which takes the name `path` when the block ends well.
+
+    Or else it vanishes.  What a process that is dead left of the same target goes too: first what it was
+    writing, which takes room; last, once there is another, what it had moved away.
+    """
+    _sweep(path, "tmp")
+    temporary = beside(path, "tmp")
+    try:
+        yield temporary
+        _put_in_place(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+    _sweep(path, "old")
 
 
 @contextmanager
@@ -30,24 +56,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
     if path.is_dir():
         raise InvalidInputError(f"{path}: is a directory, expected a file name")
-    temporary = beside(path, "tmp")
-    with storage_errors(path):
-        file = temporary.open("x+b")
-    try:
+    with placing(path) as temporary:
+        with storage_errors(path):
+            file = temporary.open("x+b")
         with file:
             yield file
             with storage_errors(path):
                 file.flush()
                 os.fsync(file.fileno())
-        with storage_errors(path):
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_names(path.parent)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def _put_in_place(temporary: Path, path: Path) -> None:
     """Give what was written under a hidden name its own, durably.
 
     A directory cannot take the place of another in one move: that one is moved away first, and deleted once
@@ -66,6 +85,16 @@ def put_in_place(temporary: Path, path: Path) -> None:
             raise
     flush_names(path.parent)
     discard(away)
+
+
+def _sweep(path: Path, kind: str) -> None:
+    """Delete what processes that are dead have left of a target."""
+    mine = re.compile(rf"\.deltackpt-{_mark(path)}\.([^.]+)\.[0-9a-f]+\.{kind}")
+    with suppress(OSError):
+        for other in path.parent.iterdir():
+            found = mine.fullmatch(other.name)
+            if found and process.is_dead_by(found[1]):
+                discard(other)
 
 
 def remove(path: Path) -> None:

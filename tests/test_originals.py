@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,88 @@ def test_every_cut_of_putting_in_place_leaves_the_old_or_the_new(tmp_path, monke
     assert facts(tmp_path / "out") == old
     load_files(store, tmp_path / "out", overwrite=True)
     assert facts(tmp_path / "out") == new
+
+
+# -- what a kill leaves
+
+
+def die(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(nth: int, real: Any, act: Any) -> Any:
+    """A function that does something else before its nth call."""
+    calls: list[Any] = []
+
+    def called(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == nth:
+            act(*args)
+        return real(*args)
+
+    return called
+
+
+def forked(store: Any, out: Path, where: Any, name: str, new: Any) -> int:
+    """Begin to restore over what is there in another process, with one function of it replaced."""
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)  # what is waited for in vain ends by it
+        try:
+            setattr(where, name, new)
+            load_files(store, out, overwrite=True)
+        finally:
+            os._exit(0)
+    return pid
+
+
+def hidden(directory: Path) -> list[str]:
+    return sorted(p.name.rpartition(".")[2] for p in directory.iterdir() if p.name.startswith(".deltackpt-"))
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "new", "left"),
+    [
+        (originals, "_write_file", at(4, originals._write_file, die), ["tmp"]),
+        (Path, "rename", at(2, Path.rename, die), ["old", "tmp"]),
+        (targets, "discard", at(1, targets.discard, die), ["old"]),
+    ],
+    ids=["while it is written", "between the renames", "before the old one is deleted"],
+)
+def test_what_a_killed_restore_left_goes_with_the_next_to_the_same_target(tmp_path, where, name, new, left):
+    store = tmp_path / "store"
+    root = made(tmp_path / "c", TREE)
+    save_files(root, store, step=1)
+    made(tmp_path / "out", {"old": b"x"})
+    _, status = os.waitpid(forked(store, tmp_path / "out", where, name, new), 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert hidden(tmp_path) == left
+    load_files(store, tmp_path / "another")
+    assert hidden(tmp_path) == left
+    load_files(store, tmp_path / "out", overwrite=True)
+    assert hidden(tmp_path) == []
+    assert facts(tmp_path / "out") == facts(root)
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    store = tmp_path / "store"
+    root = made(tmp_path / "c", TREE)
+    save_files(root, store, step=1)
+    made(tmp_path / "out", {"old": b"x"})
+    ends = [os.pipe(), os.pipe()]
+
+    def waits(*args: Any) -> None:
+        os.write(ends[0][1], b"x")
+        os.read(ends[1][0], 1)
+
+    pid = forked(store, tmp_path / "out", originals, "_write_file", at(4, originals._write_file, waits))
+    os.read(ends[0][0], 1)
+    load_files(store, tmp_path / "out", overwrite=True)
+    assert hidden(tmp_path) == ["tmp"]
+    os.write(ends[1][1], b"x")
+    os.waitpid(pid, 0)
+    assert hidden(tmp_path) == []
+    assert facts(tmp_path / "out") == facts(root)
 
 
 # -- what is as it was saved

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deltackpt import targets
+from deltackpt import process, targets
 from deltackpt.errors import StorageError
 
 
@@ -49,3 +49,37 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error_that_names_what_is_i
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(StorageError, match=f"/{path.partition('/')[0]}: File exists"):
         targets.make_directory(tmp_path / path)
+
+
+def test_only_what_a_dead_process_left_of_the_same_target_is_deleted(tmp_path, monkeypatch):
+    mine = targets.beside(tmp_path / "a", "tmp")
+    with monkeypatch.context() as dead:
+        dead.setattr(process, "_start", lambda pid: 7)
+        theirs = [targets.beside(tmp_path / name, kind) for name in "ab" for kind in ("tmp", "old", "gone")]
+    odd = [tmp_path / ".deltackpt-00ff.tmp", tmp_path / mine.name.replace(process.tag(), "x")]
+    for path in (mine, *theirs, *odd):
+        path.write_bytes(b"x")
+    with targets.replacing(tmp_path / "a") as file:
+        file.write(b"new")
+        assert not theirs[0].exists()
+        assert theirs[1].exists()
+    assert {*tmp_path.iterdir()} == {tmp_path / "a", mine, *theirs[2:], *odd}
+
+
+def test_a_tag_tells_a_process_that_is_dead_and_no_other(monkeypatch):
+    me = process.tag()
+    assert len(me) < 60
+    assert not process.is_dead_by(me)
+    host, boot, space, pid, start = me.split("-")
+    for tag, is_dead in {
+        f"{host}-{boot}-{space}-{pid}-{int(start) + 1}": True,
+        f"{host}-00000000-{space}-{pid}-{start}": True,  # the host was started anew
+        f"00000000-00000000-{space}-{pid}-{start}": False,  # another host's
+        f"{host}-{boot}-00000000-{pid}-{int(start) + 1}": False,  # another container's
+        f"{host}--{space}-{pid}-{start}": False,
+        "": False,
+        "x" + me: False,
+    }.items():
+        assert process.is_dead_by(tag) == is_dead, tag
+    monkeypatch.setattr(process, "_here", lambda: {"host": "h", "boot": "", "pid_ns": ""})
+    assert not process.is_dead_by(process.tag())  # a system that does not say

@@ -22,8 +22,9 @@ from deltackpt.errors import (
     StorageError,
     UnsupportedVersionError,
 )
-from deltackpt.folders import load_files, save_files
+from deltackpt.folders import save_files
 from deltackpt.loader import LazyArray
+from deltackpt.originals import load_files
 from deltackpt.pending import Pending
 from deltackpt.report import SaveReport
 from deltackpt.retention import best, every, every_seconds, last, these

@@ -59,7 +59,8 @@ class Source(NamedTuple):
         facts = self.facts
         if self.span is not None and (facts.is_direct or self.span[0] == self.span[1]):
             return Tensor(name, self.dtype, self.shape, facts.framework, memory(facts, *self.span))
-        return Deferred(name, self.dtype, self.shape, facts.framework, self._taken)
+        is_own = not isinstance(facts.array, Deferred) or facts.array.is_own
+        return Deferred(name, self.dtype, self.shape, facts.framework, self._taken, is_own)
 
     def _taken(self) -> U8:
         return packed(self.facts) if self.span is None else memory(self.facts, *self.span)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltackpt import arrays, files, folders, leaves, restore
+from deltackpt import arrays, files, leaves, originals, restore
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.files import TensorSpec
 from deltackpt.layout import Layout
@@ -105,8 +105,8 @@ def export(
     """
     start = time.perf_counter()
     commit = run.commit(step)
-    if keys is None and folders.holds_files(run.manifest(commit.slot.step)):
-        done = folders.restore(run, commit.slot.step, out, overwrite=overwrite, progress=progress)
+    if keys is None and originals.holds_files(run.manifest(commit.slot.step)):
+        done = originals.restore(run, commit.slot.step, out, overwrite=overwrite, progress=progress)
         seconds = round(time.perf_counter() - start, 6)
         return Exported(run.name, done.step, done.path, done.file_size, seconds)
     path = out or Path(f"{run.name}-step-{commit.slot.step}.safetensors")

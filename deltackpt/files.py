@@ -1,6 +1,6 @@
 """The checkpoint files people already have: safetensors, npz and torch's pt, read and written.
 
-Owns   parsing those containers as untrusted input, and replacing one atomically, a tensor at a time.
+Owns   parsing those containers as untrusted input, and writing them, a tensor at a time.
 Never  runs code from a file, knows a store, or leaves a half-written target.
 """
 
@@ -13,7 +13,6 @@ import mmap
 import os
 import pickle
 import re
-import secrets
 import threading
 import zipfile
 import zlib
@@ -26,7 +25,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from deltackpt import arrays, dtypes
+from deltackpt import arrays, dtypes, targets
 from deltackpt.containers import FROM_SAFETENSORS, HEADER_SIZE_MAX
 from deltackpt.errors import (
     DeltackptError,
@@ -34,7 +33,6 @@ from deltackpt.errors import (
     InvalidInputError,
     MissingDependencyError,
     NotFoundError,
-    StorageError,
 )
 from deltackpt.types import DTYPE_SIZES, NOT_IN_NUMPY, NOT_IN_TORCH, U8, Framework, State, Tensor
 
@@ -108,7 +106,7 @@ def _unknown_suffix(path: Path, known: Sequence[str]) -> InvalidInputError:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with storage_errors(path), path.open("rb") as file:
+    with targets.storage_errors(path), path.open("rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         if file_size < 8:
             raise FormatError(f"{path}: file has {file_size} bytes, a safetensors file has at least 8")
@@ -215,7 +213,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 @contextmanager
 def _zip_errors(path: Path, kind: str) -> Iterator[None]:
-    with storage_errors(path):
+    with targets.storage_errors(path):
         try:
             yield
         # RuntimeError: an encrypted member. NotImplementedError: a zip feature that zipfile has not.
@@ -306,7 +304,7 @@ def _read_exactly(file: IO[bytes], into: U8, where: str) -> None:
 
 def _read_pt(path: Path) -> State:
     torch = _import_torch(path)
-    with storage_errors(path), path.open("rb") as file:
+    with targets.storage_errors(path), path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch before 1.6 wrote a stream, which cannot be mapped
     if is_zip:
         _check_pt(path)
@@ -442,9 +440,9 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
     if suffix not in (".safetensors", ".npz"):
         raise _unknown_suffix(path, (".safetensors", ".npz"))
     _check_specs(path, specs)
-    with _replacing(path) as file:
+    with targets.replacing(path) as file:
         out: _SafetensorsOutput | _NpzOutput
-        with storage_errors(path):
+        with targets.storage_errors(path):
             if suffix == ".safetensors":
                 out = _SafetensorsOutput(file, specs, structure)
             else:
@@ -452,7 +450,7 @@ def create_file(path: Path, specs: Sequence[TensorSpec], structure: str | None =
         try:
             yield out
         finally:
-            with storage_errors(path):
+            with targets.storage_errors(path):
                 out.close()
         if out.missing:
             raise InvalidInputError(f"{path}: tensor {min(out.missing)!r} was never filled")
@@ -509,7 +507,7 @@ class _SafetensorsOutput(Output):
             raise InvalidInputError(
                 f"safetensors header takes {len(raw)} bytes, the limit is {HEADER_SIZE_MAX}"
             )
-        reserve(file.fileno(), 8 + len(raw) + end)
+        targets.reserve(file.fileno(), 8 + len(raw) + end)
         self._mapped = mmap.mmap(file.fileno(), 8 + len(raw) + end)
         self._mapped[: 8 + len(raw)] = len(raw).to_bytes(8, "little") + raw
         self._data: U8 = np.frombuffer(self._mapped, np.uint8)[8 + len(raw) :]
@@ -526,16 +524,6 @@ class _SafetensorsOutput(Output):
     def close(self) -> None:
         if not self.missing:  # an unfinished file is about to be removed
             self._mapped.flush()
-
-
-def reserve(fd: int, size: int) -> None:
-    """Take the disk space now: a full disk met later, through the map, would kill the process by SIGBUS."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except (AttributeError, OSError) as error:  # AttributeError: macOS has none
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        os.ftruncate(fd, size)
 
 
 class _NpzOutput(Output):
@@ -556,7 +544,7 @@ class _NpzOutput(Output):
         spec, data = self._specs[name], self._buffers.pop(name)
         descr = np.lib.format.dtype_to_descr(dtypes.numpy_dtype(spec.dtype))
         header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
-        with self._writing, storage_errors(Path(f"{name}.npy")):
+        with self._writing, targets.storage_errors(Path(f"{name}.npy")):
             with self._archive.open(_zip_info(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 member.write(data.data)
@@ -596,7 +584,7 @@ def write_pt(path: Path, state: State) -> None:
     """
     path = Path(path)
     torch = _import_torch(path)
-    with _replacing(path) as file, storage_errors(path):
+    with targets.replacing(path) as file, targets.storage_errors(path):
         torch.save(_to_torch(state, path), file)
 
 
@@ -614,110 +602,3 @@ def _to_torch(value: Any, path: Path) -> Any:
             raise InvalidInputError(f"{path}: torch has no dtype {dtype or array.dtype}", hint="write .npz")
         return arrays.as_torch(array, dtype)
     return value
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that takes the name `path`, durably, when the block ends well, or else vanishes."""
-    if not path.parent.is_dir():
-        raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
-    if path.is_dir():
-        raise InvalidInputError(f"{path}: is a directory, expected a file name")
-    temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
-    with storage_errors(path):
-        file = temporary.open("x+b")
-    try:
-        with file:
-            yield file
-            with storage_errors(path):
-                file.flush()
-                os.fsync(file.fileno())
-        with storage_errors(path):
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_names(path.parent)
-
-
-def write_small(path: Path, data: bytes) -> None:
-    """Write a file that is there whole and durable on return, or, on an error, as it was before.
-
-    Raises
-    ------
-    StorageError
-        If the disk fails or is full.
-    """
-    with _replacing(path) as file, storage_errors(path):
-        file.write(data)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory, and those above it, where they are not there.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be made.
-    """
-    with storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def read_small(path: Path, size_max: int) -> bytes | None:
-    """Return what a file holds; None if it is not there, is no file, or is larger.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be read.
-    """
-    with storage_errors(path):
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            data = file.read(size_max + 1)
-    return data if len(data) <= size_max else None
-
-
-def link(path: Path, target: str) -> bool:
-    """Make a link where nothing is; return whether the system could."""
-    try:
-        path.symlink_to(target)
-    except OSError:
-        return False
-    return True
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a link; durable on return.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be removed.
-    """
-    with storage_errors(path):
-        path.unlink(missing_ok=True)
-    _flush_names(path.parent)
-
-
-def _flush_names(directory: Path) -> None:
-    """Have what was created, renamed or removed there survive a power loss."""
-    with storage_errors(directory):
-        fd = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Name the file in what the system refuses."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}", errno=error.errno) from error

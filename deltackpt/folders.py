@@ -1,7 +1,7 @@
-"""Folders: a file or a directory as a step, and back byte for byte.
+"""Folders: a file or a directory as a step.
 
-Owns   walking a directory, its files cut at their tensors' borders, and putting them where they were.
-Never  follows a link, writes outside its target, leaves half of one, or keeps what changed while it was read.
+Owns   walking a directory, its files cut at their tensors' borders; how a step of files is written down.
+Never  follows a link, writes to a file, or keeps what changed while it was read.
 
 A step of files is a state like any other, so the store knows nothing of files:
 
@@ -19,16 +19,14 @@ differs from.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
-import secrets
-import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,31 +34,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from blake3 import blake3
 
-from deltackpt import restore as chunks
-from deltackpt import tree
+from deltackpt import targets
 from deltackpt.backends.local import LocalBackend
 from deltackpt.containers import spans
 from deltackpt.efforts import Optimize
 from deltackpt.energy import Meter
 from deltackpt.errors import (
-    AlreadyExistsError,
     ConflictError,
-    CorruptError,
     InvalidInputError,
     NotFoundError,
-    StorageError,
-    UnsupportedVersionError,
 )
-from deltackpt.files import reserve, storage_errors
-from deltackpt.manifest import Manifest, TensorRow
+from deltackpt.labels import check_metadata, check_metrics
 from deltackpt.records import check_step
 from deltackpt.report import SaveReport
-from deltackpt.run import Run, check_metadata, check_metrics, open_run
+from deltackpt.run import Run, open_run
 from deltackpt.saver import Saver, What
 from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Where
-from deltackpt.structure import Leaf, Names, where
-from deltackpt.types import DTYPE_SIZES, U8, Tensor
+from deltackpt.structure import Names
+from deltackpt.types import DTYPE_SIZES, U8, Deferred
 
 #: The key that tells a step of files from other states, and how its entries are written down.
 MARK = "deltackpt.files"
@@ -68,15 +60,14 @@ VERSION = 1
 
 #: A file of no more bytes, in which there are no tensors, stands in the manifest.
 _INLINE_SIZE_MAX = 1024
-#: A file of no more bytes is read, a larger one mapped.
-_READ_SIZE_MAX = 1 << 20
-#: Bytes of tensors put into a file at a time; a larger tensor makes a batch of its own.
-_BATCH_SIZE = 64 << 20
+#: So many bytes are read, more are mapped: each map takes a descriptor, of which there may be 1,024, and what
+#: a shadow of a gigabyte is to be copied from takes 512.
+_READ_SIZE_MAX = 2 << 20
 #: Bytes of a path, with room for a number: from 4096 on a text is a tensor, which a path must not be.
 _PATH_SIZE_MAX = 4000
-_MODE = 0o777  # no set-uid of a stranger's making
-_MTIME_MAX = 1 << 63
-_SIZE_MAX = 1 << 62  # beyond what a system can be asked for
+MODE = 0o777  # no set-uid of a stranger's making
+#: Who hashes in several threads: a forked child has none of its parent's, and would wait for them for ever.
+_PID = os.getpid()
 #: The number of a step in a path: ``global_step100``, ``checkpoint-100``, ``iter_0000100``.
 _STEP = re.compile(r"(?i)((?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?)0*(\d+)")
 
@@ -126,12 +117,13 @@ def save_files(
     Examples
     --------
     >>> import tempfile
+    >>> import deltackpt
     >>> from deltackpt.backends.memory import MemoryBackend
     >>> here, store = Path(tempfile.mkdtemp()), MemoryBackend()
     >>> (here / "checkpoint-100").mkdir()
     >>> _ = (here / "checkpoint-100" / "config.json").write_text("{}")
     >>> report = save_files(here / "checkpoint-100", store, step=100)
-    >>> load_files(store, here / "again").name
+    >>> deltackpt.load_files(store, here / "again").name
     'again'
     >>> (here / "again" / "config.json").read_text()
     '{}'
@@ -141,48 +133,6 @@ def save_files(
         return FolderSaver(opened, shadow=0).save(
             found, metrics=metrics, metadata=metadata, overwrite=overwrite
         )
-
-
-def load_files(
-    store: Where,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    step: int | str = "latest",
-    run: str = "main",
-    overwrite: bool = False,
-) -> Path:
-    """Put the files of a step back, byte for byte, with names, modes and times; return where they are.
-
-    Parameters
-    ----------
-    store : path, Backend or Store
-    path : path-like, optional
-        What it is to be called; by default as it was, in the current directory.  It appears whole or not at
-        all.
-    step : int, "latest" or "latest-good"
-    run : str
-    overwrite : bool
-        Replace what is there.
-
-    Raises
-    ------
-    NotFoundError
-        If there is no such store, run or step, or no directory to put it in.
-    AlreadyExistsError
-        If `path` is there, and `overwrite` is false.
-    InvalidInputError
-        If the step was not saved by `save_files`; if `path` holds the store, or is a directory where the step
-        is a file: neither is ever replaced.
-    CorruptError
-        If a byte is missing or changed, or a path leads out of the target; then nothing is left.
-    StorageError
-        If the disk fails or is full.
-    """
-    with open_run(store, run, create=False) as opened:
-        return restore(opened, step, None if path is None else Path(path), overwrite=overwrite).path
-
-
-# -- saving
 
 
 class FolderSaver:
@@ -209,7 +159,7 @@ class FolderSaver:
         overwrite: bool = False,
     ) -> SaveReport:
         """Save one; as `save_files`."""
-        if _holds(found.path, self.run):
+        if holds_store(found.path, self.run):
             raise InvalidInputError(
                 f"{found.path}: holds the store {self.run.store.url}, which changes as it is saved into",
                 hint="keep the store elsewhere",
@@ -233,7 +183,7 @@ class FolderSaver:
 
 
 class Found:
-    """A directory or a file as it was found, its files mapped.
+    """A directory or a file as it was found; the bytes of its files are read when they are looked at.
 
     Parameters
     ----------
@@ -259,7 +209,7 @@ class Found:
             raise NotFoundError(f"{path}: no such file or directory", hint="check the path")
         self.step = step
         name = path.absolute().name
-        with storage_errors(path):
+        with targets.storage_errors(path):
             path = Path(os.path.realpath(path, strict=True))  # it may itself be a link
         if not name or name == "..":
             name = path.name or "files"
@@ -268,16 +218,16 @@ class Found:
         files: dict[str, Any] = {}
         entries: list[dict[str, Any]] = []
         keys = Names()
-        for relative, found in _walk(path):
+        for relative, found in walk(path):
             full = path / relative if relative else path
             _check_size(full, relative)
             entry: dict[str, Any] = {"path": relative}
             entries.append(entry)
             if stat.S_ISLNK(found.st_mode):
-                with storage_errors(full):
+                with targets.storage_errors(full):
                     target = os.readlink(full)  # noqa: PTH115  (a Path would not be as it was written)
                 _check_size(full, target)
-                if not _stays_inside(relative, target):
+                if not stays_inside(relative, target):
                     raise InvalidInputError(
                         f"{full}: is a link to {target!r}, which leads out of what is saved",
                         hint="put the file itself in its place, as cp -rL does",
@@ -288,13 +238,11 @@ class Found:
             if not is_file and not stat.S_ISDIR(found.st_mode):
                 raise InvalidInputError(f"{full}: is neither a file nor a directory", hint="leave it out")
             entry |= {"kind": "file" if is_file else "directory"}
-            entry |= {"mode": found.st_mode & _MODE, "mtime_ns": found.st_mtime_ns}
+            entry |= {"mode": found.st_mode & MODE, "mtime_ns": found.st_mtime_ns}
             self._seen.append((full, _signs(found)))
             if is_file:
-                data = _mapped(full, found)
-                entry["blake3"] = _hash(data)
                 entry["key"] = keys.unique(_key(relative, step))
-                entry["gaps"], files[entry["key"]] = _taken_apart(data)
+                entry["blake3"], entry["gaps"], files[entry["key"]] = _taken_apart(File.of(full, found))
         self.state = {MARK: VERSION, "name": name, "entries": entries, "files": files}
 
     def check(self) -> None:
@@ -305,10 +253,7 @@ class Found:
             except OSError:
                 same = False
             if not same:
-                raise ConflictError(
-                    f"{path}: changed while it was read; nothing is saved",
-                    hint="save it again once nobody writes to it",
-                )
+                raise _changed(path)
 
 
 def _check_size(full: Path, text: str) -> None:
@@ -320,13 +265,13 @@ def _check_size(full: Path, text: str) -> None:
         )
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Find all there is, a directory before what is in it, by name."""
     todo = [""]
     while todo:
         relative = todo.pop()
         full = root / relative if relative else root
-        with storage_errors(full):
+        with targets.storage_errors(full):
             found = full.lstat()
             yield relative, found
             if stat.S_ISDIR(found.st_mode):
@@ -340,23 +285,92 @@ def _signs(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _mapped(path: Path, found: os.stat_result) -> U8:
-    with storage_errors(path):
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            now = os.fstat(file)
-            if _signs(now) != _signs(found):
-                raise ConflictError(f"{path}: changed while it was read", hint="save it again")
-            if now.st_size > _READ_SIZE_MAX:
-                return np.frombuffer(mmap.mmap(file, now.st_size, access=mmap.ACCESS_READ), np.uint8)
-            with os.fdopen(file, "rb", closefd=False) as content:
-                return np.frombuffer(content.read(), np.uint8)
-        finally:
-            os.close(file)
+class Stretch(NamedTuple):
+    """Some bytes of a file."""
+
+    offset: int
+    size: int
 
 
-def _hash(data: U8) -> str:
-    return blake3(data, max_threads=blake3.AUTO).hexdigest()
+class File(NamedTuple):
+    """A file as it was found.
+
+    Nothing of it is held: a directory may be larger than the memory, and have more files than may be open.
+    """
+
+    path: Path
+    size: int
+    signs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, found: os.stat_result) -> File:
+        """Return what was found."""
+        return cls(path, found.st_size, _signs(found))
+
+    def content(self) -> U8:
+        """Return all of its bytes."""
+        return self.read(Stretch(0, self.size))
+
+    def read(self, *stretches: Stretch) -> U8:
+        """Return some of its bytes, one stretch behind another: a copy, or, of one long stretch, a map.
+
+        Raises
+        ------
+        ConflictError
+            If it is not what was found any more.
+        StorageError
+            If it cannot be read.
+        """
+        with targets.storage_errors(self.path):
+            try:
+                file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise _changed(self.path) from e
+            try:
+                if _signs(os.fstat(file)) != self.signs:
+                    raise _changed(self.path)
+                return _map(file, *stretches) if _is_mapped(stretches) else self._copy(file, stretches)
+            finally:
+                os.close(file)
+
+    def _copy(self, file: int, stretches: Sequence[Stretch]) -> U8:
+        data, end = np.empty(sum(part.size for part in stretches), np.uint8), 0
+        for offset, size in stretches:
+            stop = end + size
+            while end < stop:
+                n = os.preadv(file, [data[end:stop].data], offset + size - (stop - end))
+                if not n:
+                    raise _changed(self.path)
+                end += n
+        return data
+
+    def tensor(self, dtype: str, *stretches: Stretch) -> Deferred:
+        """Return some of its bytes as elements, to be read when they are needed."""
+        n = sum(part.size for part in stretches) // DTYPE_SIZES[dtype]
+        return Deferred("", dtype, (n,), "numpy", partial(self.read, *stretches), not _is_mapped(stretches))
+
+
+def _is_mapped(stretches: Sequence[Stretch]) -> bool:
+    return len(stretches) == 1 and stretches[0].size > _READ_SIZE_MAX
+
+
+def _map(file: int, stretch: Stretch) -> U8:
+    before = stretch.offset % mmap.ALLOCATIONGRANULARITY
+    whole = mmap.mmap(file, before + stretch.size, access=mmap.ACCESS_READ, offset=stretch.offset - before)
+    return np.frombuffer(whole, np.uint8)[before:]
+
+
+def _changed(path: Path) -> ConflictError:
+    return ConflictError(
+        f"{path}: changed while it was read; nothing is saved", hint="save it again once nobody writes to it"
+    )
+
+
+def hash_of(data: U8) -> str:
+    """Return what tells a file's bytes from all others."""
+    return blake3(data, max_threads=blake3.AUTO if os.getpid() == _PID else 1).hexdigest()
 
 
 def _key(relative: str, step: int) -> str:
@@ -370,33 +384,31 @@ def _key(relative: str, step: int) -> str:
     return _STEP.sub(lambda m: m[1] + "N" if int(m[2]) == step else m[0], relative) or "file"
 
 
-def _taken_apart(data: U8) -> tuple[list[int], Any]:
-    """Return the sizes of what lies around a file's tensors, and its content."""
-    found = spans(data)
+def _taken_apart(file: File) -> tuple[str, list[int], Any]:
+    """Return a file's hash, the sizes of what lies around its tensors, and its content."""
+    data = file.content()
+    digest, found = hash_of(data), spans(data)
     if not found:
-        return [], data.tobytes() if data.size <= _INLINE_SIZE_MAX else _tensor(data, "uint8")
+        is_small = data.size <= _INLINE_SIZE_MAX
+        return digest, [], data.tobytes() if is_small else file.tensor("uint8", Stretch(0, file.size))
     ends = [0, *(span.offset + span.size for span in found)]
-    starts = [*(span.offset for span in found), data.size]
-    rest = [data[end:start] for end, start in zip(ends, starts, strict=True)]
+    starts = [*(span.offset for span in found), file.size]
+    gaps = [Stretch(end, start - end) for end, start in zip(ends, starts, strict=True)]
     names = Names()
-    parts = {names.unique("rest"): _tensor(np.concatenate(rest), "uint8")}
+    parts = {names.unique("rest"): file.tensor("uint8", *gaps)}
     for span in found:
-        parts[names.unique(span.name)] = _tensor(data[span.offset : span.offset + span.size], span.dtype)
-    return [part.size for part in rest], parts
+        parts[names.unique(span.name)] = file.tensor(span.dtype, Stretch(span.offset, span.size))
+    return digest, [gap.size for gap in gaps], parts
 
 
-def _tensor(data: U8, dtype: str) -> Tensor:
-    return Tensor("", dtype, (data.size // DTYPE_SIZES[dtype],), "numpy", data)
-
-
-def _stays_inside(relative: str, target: str) -> bool:
+def stays_inside(relative: str, target: str) -> bool:
     """Return whether a link leads to a place inside, whatever links lie on the way there.
 
     It may only go up first: what is above a link in its way is another place than the path says.
 
     Examples
     --------
-    >>> _stays_inside("a/b", "../c"), _stays_inside("a/b", "../../c"), _stays_inside("a", "b/../c")
+    >>> stays_inside("a/b", "../c"), stays_inside("a/b", "../../c"), stays_inside("a", "b/../c")
     (True, False, False)
     """
     parts = [part for part in target.split("/") if part not in ("", ".")]
@@ -410,368 +422,10 @@ def _stays_inside(relative: str, target: str) -> bool:
     )
 
 
-# -- restoring
-
-
-class Restored(NamedTuple):
-    """Where the files of a step were put, and how many bytes they have."""
-
-    step: int
-    path: Path
-    file_size: int
-
-
-def holds_files(manifest: Manifest) -> bool:
-    """Return whether a step was saved from files."""
-    structure = manifest.structure
-    return isinstance(structure, dict) and isinstance(structure.get("map"), dict) and MARK in structure["map"]
-
-
-def restore(
-    run: Run,
-    step: int | str = "latest",
-    out: Path | None = None,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done_size, total_size: None,
-) -> Restored:
-    """Put the files of a step back; as `load_files`."""
-    commit = run.commit(step)
-    with run.reading(commit):
-        folder = _Folder.of(run.store.read_manifest(commit), f"run {run.name!r} step {commit.slot.step}")
-        path = Path(folder.name) if out is None else out
-        _check_target(path, run, overwrite, is_file=folder.entries[0].kind == "file")
-        temporary = path.with_name(f".deltackpt-{secrets.token_hex(8)}.tmp")
-        try:
-            with storage_errors(path):
-                folder.write(temporary, partial(chunks.fill, run.store), progress)
-            with storage_errors(path):
-                _put_in_place(temporary, path)
-        except BaseException:
-            _remove(temporary)
-            raise
-    return Restored(commit.slot.step, path, sum(entry.size for entry in folder.entries))
-
-
-def is_as_saved(run: Run, step: int, path: Path, *, by_content: bool = False) -> bool:
-    """Return whether a file or directory is what a step holds of it, by names, sizes and times of change.
-
-    Parameters
-    ----------
-    run : Run
-    step : int
-    path : Path
-    by_content : bool
-        Read all of it, and go by that instead of sizes and times: after a power loss those may be right where
-        the content is not.  There may be more beside it.
-    """
-    manifest = run.manifest(step)
-    if not holds_files(manifest):
-        return False
-    folder = _Folder.of(manifest, f"run {run.name!r} step {step}")
-    try:
-        found = dict(_walk(path))
-        saved = {entry.path for entry in folder.entries}
-        are_there = found.keys() >= saved if by_content else found.keys() == saved
-        return are_there and all(
-            _is_same(path / entry.path if entry.path else path, found[entry.path], entry, by_content)
-            for entry in folder.entries
-        )
-    except (ConflictError, StorageError):  # it is gone, or going
-        return False
-
-
-def _is_same(path: Path, found: os.stat_result, entry: _Entry, by_content: bool) -> bool:
-    if entry.kind == "link":
-        return stat.S_ISLNK(found.st_mode) and os.readlink(path) == entry.target  # noqa: PTH115
-    if entry.kind == "directory":
-        return stat.S_ISDIR(found.st_mode)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
-        return False
-    return _hash(_mapped(path, found)) == entry.blake3 if by_content else found.st_mtime_ns == entry.mtime_ns
-
-
-def remove(path: Path) -> None:
-    """Remove a directory; by its name it is whole, or not there."""
-    gone = path.with_name(f".deltackpt-{secrets.token_hex(8)}.gone")
-    with storage_errors(path):
-        path.rename(gone)
-    _remove(gone)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what is left of a directory whose removal was cut short."""
-    for path in directory.glob(".deltackpt-*.gone"):
-        _remove(path)
-
-
-def _holds(path: Path, run: Run) -> bool:
+def holds_store(path: Path, run: Run) -> bool:
     """Return whether the store of a run lies in what has this name, or is it."""
     backend = run.store.backend
     if not isinstance(backend, LocalBackend):
         return False
     here = os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118  (a link is what it is)
     return Path(os.path.realpath(backend.url)).is_relative_to(here)
-
-
-def _check_target(path: Path, run: Run, overwrite: bool, *, is_file: bool) -> None:
-    if path.name in ("", "..") or not _is_text(str(path)):
-        raise InvalidInputError(f"{path}: is no name of a file or directory", hint="name one")
-    if not os.path.isdir(path.parent):  # noqa: PTH112  (pathlib raises if the name is too long)
-        raise NotFoundError(f"{path.parent}: no such directory", hint="create it first")
-    if _holds(path, run):
-        raise InvalidInputError(f"{path}: holds the store {run.store.url}", hint="choose another name")
-    is_directory = os.path.isdir(path) and not path.is_symlink()  # noqa: PTH112
-    if is_directory and is_file:
-        raise InvalidInputError(f"{path}: is a directory, expected a file name", hint="name a file in it")
-    if os.path.lexists(path) and not overwrite:
-        deletes = "deletes all that is in this one" if is_directory else "replaces this one"
-        raise AlreadyExistsError(
-            f"{path}: is there already", hint=f"choose another name; --overwrite {deletes}"
-        )
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Give what was written its name.
-
-    A directory cannot take the place of another in one move: that one is moved away first, and deleted once
-    the new one has its name.
-    """
-    is_away = path.is_dir() and not path.is_symlink()
-    away = path.with_name(f".deltackpt-{secrets.token_hex(8)}.old")
-    if is_away or (temporary.is_dir() and os.path.lexists(path)):
-        path.rename(away)
-    try:
-        temporary.rename(path)
-    except BaseException:
-        if os.path.lexists(away):
-            away.rename(path)
-        raise
-    _sync(path.parent)
-    _remove(away)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        for directory, _, _ in os.walk(path):  # those without write permission too
-            with suppress(OSError):
-                Path(directory).chmod(0o700)
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sync(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-class _Entry(NamedTuple):
-    """One file, directory or link, checked."""
-
-    path: str
-    kind: str
-    mode: int
-    mtime_ns: int
-    target: str
-    blake3: str
-    gaps: list[int]
-    rest: bytes | TensorRow
-    tensors: list[TensorRow]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        rest = self.rest.size if isinstance(self.rest, TensorRow) else len(self.rest)
-        return rest + sum(row.size for row in self.tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """What a step of files holds, checked: nothing in it leads out of where it is put."""
-
-    name: str
-    entries: list[_Entry]
-
-    @classmethod
-    def of(cls, manifest: Manifest, label: str) -> _Folder:
-        if not holds_files(manifest):
-            raise InvalidInputError(
-                f"{label}: holds a state and no files",
-                hint="deltackpt.load, or deltackpt restore -o FILE.safetensors",
-            )
-
-        def row(leaf: Leaf) -> TensorRow:
-            if not leaf.is_array or leaf.view.layout is not None:
-                raise CorruptError(f"{where('state', leaf.path)}: found a {leaf.tag}, expected bytes")
-            return manifest.tensors[leaf.at]
-
-        state = tree.unflatten(manifest.structure, len(manifest.tensors), row)
-        if state[MARK] != VERSION:
-            raise UnsupportedVersionError(
-                f"{label}: its files are written down by version {state[MARK]!r:.80}, expected {VERSION}",
-                hint="upgrade deltackpt",
-            )
-        return _checked(state)
-
-    def write(
-        self,
-        root: Path,
-        fill: Callable[[list[tuple[TensorRow, U8]]], None],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Write all of it to a new place, durably."""
-        total_size, done_size = sum(entry.size for entry in self.entries), 0
-        directories = []
-        for entry in self.entries:
-            path = root / entry.path if entry.path else root
-            if entry.kind == "directory":
-                path.mkdir(mode=0o700)
-                directories.append((path, entry))
-            elif entry.kind == "file":
-                _write_file(path, entry, fill, _after(done_size, total_size, progress))
-                done_size += entry.size
-        for entry in self.entries:  # last, so that nothing is written through one
-            if entry.kind == "link":
-                (root / entry.path).symlink_to(entry.target)
-        for path, entry in reversed(directories):  # what is in it changes a directory's time
-            opened = os.open(path, os.O_RDONLY)
-            try:
-                os.utime(opened, ns=(entry.mtime_ns, entry.mtime_ns))
-                os.fchmod(opened, entry.mode)
-                os.fsync(opened)
-            finally:
-                os.close(opened)
-
-
-def _after(done_size: int, total_size: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    return lambda size: progress(done_size + size, total_size)
-
-
-def _write_file(
-    path: Path,
-    entry: _Entry,
-    fill: Callable[[list[tuple[TensorRow, U8]]], None],
-    progress: Callable[[int], None],
-) -> None:
-    with path.open("x+b") as file:
-        if entry.size:
-            reserve(file.fileno(), entry.size)
-            mapped = mmap.mmap(file.fileno(), entry.size)
-            content: U8 = np.frombuffer(mapped, np.uint8)
-            _fill_file(content, entry, fill, progress)
-            found = _hash(content)
-            mapped.flush()
-        else:
-            found = blake3().hexdigest()
-        if found != entry.blake3:
-            raise CorruptError(f"file {entry.path!r}: its BLAKE3 is {found}, expected {entry.blake3}")
-        os.fchmod(file.fileno(), entry.mode)
-        os.utime(file.fileno(), ns=(entry.mtime_ns, entry.mtime_ns))
-        os.fsync(file.fileno())
-
-
-def _fill_file(
-    content: U8,
-    entry: _Entry,
-    fill: Callable[[list[tuple[TensorRow, U8]]], None],
-    progress: Callable[[int], None],
-) -> None:
-    """Put a file together, decoding each tensor in its place."""
-    rest: U8
-    if isinstance(entry.rest, TensorRow):
-        rest = np.empty(entry.rest.size, np.uint8) if entry.tensors else content
-        fill([(entry.rest, rest)])
-    else:
-        rest = np.frombuffer(entry.rest, np.uint8)
-    if not entry.tensors:
-        content[:] = rest
-        return
-    at = taken = batch_size = 0
-    batch: list[tuple[TensorRow, U8]] = []
-    for i, gap in enumerate(entry.gaps):
-        content[at : at + gap] = rest[taken : taken + gap]
-        at, taken = at + gap, taken + gap
-        if i < len(entry.tensors):
-            row = entry.tensors[i]
-            batch.append((row, content[at : at + row.size]))
-            at, batch_size = at + row.size, batch_size + row.size
-        if batch_size >= _BATCH_SIZE or i == len(entry.tensors):
-            fill(batch)
-            batch, batch_size = [], 0
-            progress(at)
-
-
-def _checked(state: Any) -> _Folder:
-    """Check what a store says of a step's files; whoever wrote it may have lied."""
-    name, listed, files = state.get("name"), state.get("entries"), state.get("files")
-    if not _is_name(name) or type(listed) is not list or type(files) is not dict:
-        raise CorruptError(f"files: found the name {name!r:.80}, expected one, and entries and files")
-    seen: set[str] = set()
-    directories: set[str] = set()
-    entries: list[_Entry] = []
-    for body in listed:
-        entry = _checked_entry(body, files)
-        # The first, and no other, is what all the others are in.
-        is_placed = entry.path.rpartition("/")[0] in directories if entry.path else not entries
-        if not is_placed or entry.path in seen:
-            raise CorruptError(f"files: {entry.path!r:.200} is there twice, or in no directory")
-        seen.add(entry.path)
-        if entry.kind == "directory":
-            directories.add(entry.path)
-        entries.append(entry)
-    if not entries or entries[0].kind == "link":
-        raise CorruptError("files: found nothing to put back")
-    return _Folder(name, entries)
-
-
-def _checked_entry(body: Any, files: dict[Any, Any]) -> _Entry:
-    path, kind = (body.get("path"), body.get("kind")) if type(body) is dict else (None, None)
-    if not isinstance(path, str) or not all(map(_is_name, path.split("/") if path else [])):
-        raise CorruptError(f"files: found the path {path!r:.200}, expected one that leads nowhere else")
-    at = f"file {path!r:.200}"
-    if kind == "link":
-        target = body.get("target")
-        if not isinstance(target, str) or not _is_text(target) or not _stays_inside(path, target):
-            raise CorruptError(f"{at}: is a link to {target!r:.200}, which leads out")
-        return _Entry(path, kind, 0, 0, target, "", [], b"", [])
-    mode, mtime_ns = body.get("mode"), body.get("mtime_ns")
-    if type(mode) is not int or type(mtime_ns) is not int or not -_MTIME_MAX < mtime_ns < _MTIME_MAX:
-        raise CorruptError(f"{at}: mode and time are {mode!r:.40} and {mtime_ns!r:.40}")
-    if kind == "directory":
-        return _Entry(path, kind, mode & _MODE, mtime_ns, "", "", [], b"", [])
-    key, digest, gaps = body.get("key"), body.get("blake3"), body.get("gaps")
-    if kind != "file" or not isinstance(key, str) or key not in files or type(gaps) is not list:
-        raise CorruptError(f"{at}: found a {kind!r:.80} of key {key!r:.80}, expected a file and its content")
-    content = files[key]
-    tensors = list(content.values()) if type(content) is dict else []
-    rest = content if not tensors else tensors.pop(0)
-    if not isinstance(rest, bytes | TensorRow) or not all(isinstance(row, TensorRow) for row in tensors):
-        raise CorruptError(f"{at}: found {type(rest).__name__}, expected bytes and tensors")
-    entry = _Entry(path, kind, mode & _MODE, mtime_ns, "", str(digest), gaps, rest, tensors)
-    if entry.size > _SIZE_MAX:
-        raise CorruptError(f"{at}: has {entry.size} bytes, at most {_SIZE_MAX} allowed")
-    if tensors:
-        rest_size = entry.size - sum(row.size for row in tensors)
-        is_good = all(type(gap) is int and gap >= 0 for gap in gaps)
-        if not is_good or len(gaps) != len(tensors) + 1 or sum(gaps) != rest_size:
-            raise CorruptError(
-                f"{at}: {len(gaps)} gaps do not fit {len(tensors)} tensors and {rest_size} bytes"
-            )
-    return entry
-
-
-def _is_name(name: Any) -> bool:
-    """Return whether it is the name of something in a directory, and of nothing above it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and _is_text(name)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False

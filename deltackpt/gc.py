@@ -188,13 +188,11 @@ class _Gc:
         self._force = force
         self._patience_s = patience_s
         self._live: set[PackName] = set()
-        #: The disk is full: what is dead goes before anything is written.
-        self._is_tight = False
-        #: What was said when it was found to be.
+        #: What said that the disk is full: what is dead goes before anything is written.
         self._full: StorageError | None = None
 
-    def run(self, is_tight: bool) -> GcResult:
-        self._is_tight = is_tight
+    def run(self, full: StorageError | None) -> GcResult:
+        self._full = full
         if self._result.dry_run:
             seen = self._look()
             self._result.n_rebased = len(rebase.plan(seen.links()).whole)
@@ -223,7 +221,7 @@ class _Gc:
             return False
         freed_size = self._result.freed_size
         is_over = self._finish(cycle)
-        return is_over and self._is_tight and self._result.freed_size > freed_size
+        return is_over and self._full is not None and self._result.freed_size > freed_size
 
     def _finish(self, cycle: int) -> bool:
         """Sweep and delete what a cycle condemned; False while it waits for a session."""
@@ -249,15 +247,15 @@ class _Gc:
         """Plan, rewrite, and condemn what is dead then; return the cycle, None if there is nothing to do."""
         seen = self._settled()
         try:
-            if not self._is_tight and (whole := rebase.plan(seen.links()).whole):
+            if self._full is None and (whole := rebase.plan(seen.links()).whole):
                 self._rebase(seen, whole)
                 seen = self._settled()
             chosen = self._measure(seen)
-            if self._is_tight:
+            if self._full is not None:
                 chosen = self._least(chosen, seen)
             if not (chosen.dead or chosen.repack):
-                if self._is_tight:
-                    self._tell_left(seen)
+                if self._full is not None:
+                    self._tell_left(seen, self._full)
                 return None
             victims = frozenset(chosen.repack)
             if victims:
@@ -269,9 +267,8 @@ class _Gc:
         except StorageError as e:
             if not e.is_full:
                 raise
-            self._full = self._full or e
-            if not self._is_tight:
-                self._is_tight = True
+            if self._full is None:
+                self._full = e
                 raise _OvertakenError from e  # from now on in steps that need the least room
             if not self._result.freed_size:
                 raise
@@ -296,14 +293,14 @@ class _Gc:
         repack = [] if dead else sorted(chosen.repack, key=lambda name: use[name].live_size)[:1]
         return replace(chosen, dead=dead, repack=repack)
 
-    def _tell_left(self, seen: Liveness) -> None:
+    def _tell_left(self, seen: Liveness, full: StorageError) -> None:
         """Say what a full disk left undone; raise what it said if that was all there was to do."""
         n = len(rebase.plan(seen.links()).whole)
         if not n:
             return
         log.warning("%s: no room to store %d deltas whole, so what they need stays", self._store.url, n)
-        if self._full is not None and not self._result.freed_size:
-            raise self._full
+        if not self._result.freed_size:
+            raise full
 
     def _settled(self) -> Liveness:
         """Look, and begin nothing on what is seen while another gc's cycle is unfinished.

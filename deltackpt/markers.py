@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from deltackpt import files
+from deltackpt import targets
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
 from deltackpt.records import Commit
 from deltackpt.run import Run, open_run
@@ -73,9 +73,8 @@ class Marker:
         where = Path(path)
         if _is_url(path) or (where.is_symlink() and not follow):
             return None
-        data = files.read_small(where, _SIZE_MAX)
         try:
-            content: Any = json.loads(data or b"")
+            content: Any = json.loads(_read(where) or b"")
         except (ValueError, RecursionError):
             return None
         if not isinstance(content, dict) or content.pop("kind", None) != _KIND:
@@ -98,7 +97,9 @@ class Marker:
         StorageError
             If the file cannot be written; what was there is as it was.
         """
-        files.write_small(Path(path), self.to_bytes())
+        where = Path(path)
+        with targets.replacing(where) as file, targets.storage_errors(where):
+            file.write(self.to_bytes())
 
     def names(self, commit: Commit) -> bool:
         """Return whether it stands for this very step."""
@@ -245,7 +246,7 @@ def place_for(path: PathLike) -> str:
             hint="give a path of this machine",
         )
     where = Path(path).absolute()
-    files.make_directory(where.parent)
+    targets.make_directory(where.parent)
     return str(where)
 
 
@@ -257,12 +258,19 @@ def stand_in(path: PathLike, other: PathLike) -> bool:
     where, target = Path(path), Path(other)
     if _is_url(other) or not target.exists() or os.path.lexists(where):
         return False
-    return files.link(where, os.path.relpath(target.resolve(), where.parent.resolve()))
+    try:
+        where.symlink_to(os.path.relpath(target.resolve(), where.parent.resolve()))
+    except OSError:
+        return False
+    return True
 
 
 def take_away(path: PathLike) -> None:
     """Remove a marker; durable on return."""
-    files.remove(Path(path))
+    where = Path(path)
+    with targets.storage_errors(where):
+        where.unlink(missing_ok=True)
+    targets.flush_names(where.parent)
 
 
 def text_at(path: PathLike) -> str | None:
@@ -273,8 +281,18 @@ def text_at(path: PathLike) -> str | None:
     StorageError
         If it cannot be read.
     """
-    data = files.read_small(Path(path), _SIZE_MAX)
+    data = _read(Path(path))
     return None if data is None else data.decode(errors="replace")
+
+
+def _read(path: Path) -> bytes | None:
+    """Return what a file holds; None if it is not there, is no file, or is too large to be one of ours."""
+    with targets.storage_errors(path):
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            data = file.read(_SIZE_MAX + 1)
+    return data if len(data) <= _SIZE_MAX else None
 
 
 def _is_url(path: PathLike) -> bool:

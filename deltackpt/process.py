@@ -1,16 +1,22 @@
 """Which process wrote this, and is it dead?  For gc, which waits for writers that live.
 
-Owns   a process's identity as a plain dict, and the judgement of one.
+Owns   a process's identity, as a plain dict and as a part of a name, and the judgement of one.
 Never  decides what follows: a writer wrongly thought dead is fenced and saves again, nothing is lost.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
+
+_PLACE = ("host", "boot", "pid_ns")
+_TAG = re.compile(r"([0-9a-f]{8}|)-([0-9a-f]{8}|)-([0-9a-f]{8}|)-([0-9]{1,10})-([0-9]{1,20})")
 
 
 def identity() -> dict[str, Any]:
@@ -34,7 +40,10 @@ def is_dead(who: dict[str, Any]) -> bool:
     Pids mean something only in the same pid namespace of the same boot of the same host, and a pid that
     was given to another process since has another start time.
     """
-    here = _here()
+    return _is_dead(who, _here())
+
+
+def _is_dead(who: dict[str, Any], here: dict[str, Any]) -> bool:
     if not here["boot"] or not here["pid_ns"] or who.get("host") != here["host"]:
         return False
     if who.get("boot") != here["boot"]:
@@ -43,6 +52,31 @@ def is_dead(who: dict[str, Any]) -> bool:
     if who.get("pid_ns") != here["pid_ns"] or type(pid) is not int:
         return False
     return _start(pid) != who.get("start")
+
+
+def tag() -> str:
+    """Return who this process is in some 40 characters, to be a part of the name of what it writes.
+
+    Examples
+    --------
+    >>> is_dead_by(tag())
+    False
+    """
+    who = identity()
+    return "-".join([*(_short(who[name]) for name in _PLACE), str(who["pid"]), str(who["start"] or 0)])
+
+
+def is_dead_by(tag: str) -> bool:
+    """Return whether the process of a tag is known to be dead, as `is_dead`; False for any other text."""
+    found = _TAG.fullmatch(tag)
+    if found is None:
+        return False
+    who = {**dict(zip(_PLACE, found.groups(), strict=False)), "pid": int(found[4]), "start": int(found[5])}
+    return _is_dead(who, {name: _short(text) for name, text in _here().items()})
+
+
+def _short(text: str) -> str:
+    return blake3(text.encode("utf-8", "surrogateescape")).hexdigest(length=4) if text else ""
 
 
 def _start(pid: int) -> int | None:

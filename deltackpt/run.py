@@ -6,9 +6,7 @@ Never  touches storage but through its store, or saves: turns.py and saver.py do
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +24,13 @@ from deltackpt.energy import Meter
 from deltackpt.errors import (
     AlreadyExistsError,
     CorruptError,
-    DeltackptError,
     FormatError,
     InvalidInputError,
     NotFoundError,
 )
 from deltackpt.fork import take_over
+from deltackpt.keeper import Keeper
+from deltackpt.labels import check_metadata, check_metrics
 from deltackpt.loader import DeviceMap
 from deltackpt.manifest import Manifest, TensorRow
 from deltackpt.pending import Pending
@@ -47,9 +46,6 @@ from deltackpt.types import U8, State
 
 log = logging.getLogger("deltackpt")
 R = TypeVar("R")
-
-#: Metadata is read whenever steps are listed.
-_METADATA_SIZE_MAX = 1 << 20
 
 
 class Run:
@@ -95,11 +91,9 @@ class Run:
         self.store = store
         self.audit_every = audit_every
         self.name = check_run(name)
-        self.keep = keep
         self.on_save = on_save
         self.optimize = None if optimize is None else check_optimize(optimize)
-        self._resumed: int | None = None
-        self._steps: dict[int, Commit] | None = None  # what `keep` chooses among, once it was listed
+        self._keeper = Keeper(store.refs, self.name, keep)
         self.memory_max = None if memory_max is None else _bytes("memory_max", memory_max)
         shadow = _bytes("shadow", shadow)
         # The copies of the last save, those of this one, and those on their way have a third each.
@@ -175,7 +169,7 @@ class Run:
             If there is no such step; names the nearest.
         """
         commit = self._find(step)
-        self._resumed = commit.slot.step
+        self._keeper.resumed = commit.slot.step
         return commit
 
     def _find(self, step: int | str) -> Commit:
@@ -255,6 +249,15 @@ class Run:
 
     # -- which steps stay
 
+    @property
+    def keep(self) -> Rule | None:
+        """The rule that says which steps stay after a save; None: all do."""
+        return self._keeper.keep
+
+    @keep.setter
+    def keep(self, keep: Rule | None) -> None:
+        self._keeper.keep = keep
+
     def pin(self, step: int) -> None:
         """Keep a step until it is unpinned, whatever the rules say; durable on return.
 
@@ -315,15 +318,7 @@ class Run:
           20  stays  last 2
           30  stays  latest; last 2
         """
-        keep = keep or self.keep
-        refs = self.store.refs
-        listing = refs.listing(self.name)
-        steps = {commit.slot.step: commit for commit in refs.commits_of(listing)}
-        if keep is None:
-            why = dict.fromkeys(steps, "there are no rules")
-        else:
-            why = keep.decide(steps, pinned=listing.pinned, resumed=self._resumed)
-        return Retention.of(self.name, steps, why)
+        return self._keeper.retention(keep)
 
     def retaining(self, save: Callable[[], tuple[SaveReport, int | None]]) -> SaveReport:
         """Have another save a step of this run; forget what no rule keeps, now that it is durable.
@@ -335,57 +330,7 @@ class Run:
         save : callable
             Returns the report, and the latest step there was when this run first looked.
         """
-        try:
-            report, found_step = save()
-            if self._resumed is None:
-                self._resumed = found_step
-            return self._retained(report)
-        except BaseException:
-            self._steps = None  # the step may be there all the same
-            raise
-
-    def _retained(self, report: SaveReport) -> SaveReport:
-        if self.keep is None:
-            self._steps = None  # a rule may be set later
-            return report
-        before = time.perf_counter()
-        goes: list[int] = []
-        try:
-            goes = self._let_go(self.keep, report.step)
-        except DeltackptError as e:
-            log.warning(
-                "run %r step %d is saved, but not all that may go is forgotten: %s",
-                self.name,
-                report.step,
-                e.message,
-            )
-        seconds = {**report.seconds, "retain": time.perf_counter() - before}
-        return replace(report, seconds=seconds, forgotten=goes)
-
-    def _let_go(self, keep: Rule, saved: int) -> list[int]:
-        """Forget what a rule does not keep, and return it.
-
-        The run is listed once: a listing has all steps that ever were, 3 us each, so no save may need one.
-        What others pinned, forgot or overwrote since is asked for by name, if a step is to go, and only of
-        steps that this depends on; what they saved since stays.
-        """
-        refs = self.store.refs
-        if self._steps is None:
-            self._steps = refs.steps(self.name)
-        steps = self._steps
-        _, commit = refs.slot(self.name, saved)
-        if commit is not None:
-            steps[saved] = commit
-        stays = keep.stays(steps, resumed=self._resumed, saved=saved)
-        asked = (steps.keys() - stays) | keep.chosen(steps) | {max(steps, default=saved)}
-        if len(stays) < len(steps) and any(refs.is_gone(steps[step].slot) for step in asked):
-            steps = self._steps = refs.steps(self.name)  # a rule may choose others in their place
-            stays = keep.stays(steps, resumed=self._resumed, saved=saved)
-        goes = [step for step in sorted(steps.keys() - stays) if not refs.is_pinned(self.name, step)]
-        refs.forget(steps[step].slot for step in goes)
-        for step in goes:
-            del steps[step]
-        return goes
+        return self._keeper.retaining(save)
 
     # -- fork and compare
 
@@ -677,46 +622,6 @@ def _bytes(name: str, size: Any) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise InvalidInputError(f"{name}: found {size!r}, expected bytes, 0 or more", hint=f"{name}=1 << 30")
     return size
-
-
-def check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics as plain floats; refuse what is no finite number."""
-    if not isinstance(metrics, Mapping):
-        raise InvalidInputError(f"metrics: found {metrics!r}, expected a dict of names and numbers")
-    plain: dict[str, float] = {}
-    for name, value in metrics.items():
-        if not isinstance(name, str) or isinstance(value, (str, bytes)):
-            raise InvalidInputError(f"metrics: found {name!r}: {value!r}, expected names and numbers")
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError) as e:
-            raise InvalidInputError(f"metrics[{name!r}]: found {value!r}, expected a number") from e
-        if not math.isfinite(number):
-            raise InvalidInputError(
-                f"metrics[{name!r}]: found {number}, expected a finite number",
-                hint="leave it out, or use metadata",
-            )
-        plain[name] = number
-    return plain
-
-
-def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata as plain JSON; refuse what is none."""
-    if not isinstance(metadata, Mapping):
-        raise InvalidInputError(f"metadata: found {metadata!r}, expected a dict")
-    try:
-        text = json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e:
-        raise InvalidInputError(
-            f"metadata: is not JSON: {e}", hint="use plain values, or put it into the state"
-        ) from e
-    if len(text) > _METADATA_SIZE_MAX:
-        raise InvalidInputError(
-            f"metadata: has {len(text)} bytes, at most {_METADATA_SIZE_MAX} allowed",
-            hint="put it into the state",
-        )
-    plain: dict[str, Any] = json.loads(text)
-    return plain
 
 
 def open_run(

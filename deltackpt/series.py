@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from deltackpt import delta, files
+from deltackpt import delta, files, targets
 from deltackpt.efforts import Optimize
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.folders import FolderSaver, Found
@@ -117,7 +117,7 @@ def _called(found: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
 def _series(folder: Path) -> dict[str, list[Path]]:
     """Return the files and directories in it that may be checkpoints, by what their names have in common."""
     found: dict[str, list[Path]] = defaultdict(list)
-    with files.storage_errors(folder):
+    with targets.storage_errors(folder):
         paths = sorted(folder.iterdir())
     for path in paths:
         name = path.name

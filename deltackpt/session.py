@@ -276,6 +276,10 @@ class Session:
 
     # -- writing chunks
 
+    def was_put(self, chunk_id: bytes) -> bool:
+        """Return whether this session stores a chunk already."""
+        return chunk_id in self._new
+
     def put(
         self,
         chunk_id: bytes,

@@ -478,18 +478,27 @@ class _Saver:
         """Put a tensor's chunks."""
         self._session.pace.pass_by(p.tensor.size - sum(put.data.size for put in puts))
         kind, ids = kind_of(p.tensor.dtype), p.known.ids
+        chunk_ids = [ids[put.i].tobytes() for put in puts]
+        new = {
+            chunk_id: put.data.size
+            for chunk_id, put in zip(chunk_ids, puts, strict=True)
+            if not self._session.was_put(chunk_id)
+        }
+        # Until it is encoded a view of a few chunks would keep all of their tensor, which may be a copy.
+        is_few = 2 * sum(new.values()) < p.tensor.size
         self.tally.put(p.known.row, ids[[put.i for put in puts]], [put.parent is not None for put in puts])
         for why, tried in modes.items():
             if tried is not None:
                 which = [put.i for put in puts if put.why == why]
                 self.taken.append(Taken(p.tensor.name, why, tried, ids[which]))
-        for put in puts:
+        for chunk_id, put in zip(chunk_ids, puts, strict=True):
             tried, parent = modes.get(put.why), put.parent
             mode = tried.mode if tried is not None else None
             if mode == codecs.WHOLE or put.why not in modes:
                 parent = None  # or it would be read for nothing
             seen = p.known.fingerprints[put.i] if p.known.fingerprints is not None else None
-            self._session.put(ids[put.i].tobytes(), put.data, kind, parent, mode, seen)
+            data = put.data.copy() if is_few and chunk_id in new else put.data
+            self._session.put(chunk_id, data, kind, parent, mode, seen)
 
     def _note_changed(self, p: _Pending) -> None:
         """Note that a tensor has new bytes, and keep them for the shadow if there is room."""

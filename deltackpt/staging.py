@@ -87,16 +87,15 @@ def look(
         watch.passed(at)
         tensor = _bare(given) if isinstance(given, Deferred) else given
         return Look(at, tensor, before, before.fingerprints, True, False)
-    if isinstance(given, Deferred):
+    is_own = isinstance(given, Deferred) and given.is_own
+    if is_own:
         make_room(given.size)
-        tensor = given.taken()
-    else:
-        tensor = given
+    tensor = given.taken() if isinstance(given, Deferred) else given
     fingerprints = fingerprint(tensor.data, before.ends) if before is not None else []
     is_same = before is not None and fingerprints == before.fingerprints
     watch.looked(at, is_same=is_same)
     is_same = is_same and before is not None and reusable(before)
-    return Look(at, tensor, before, fingerprints, is_same, tensor is not given)
+    return Look(at, tensor, before, fingerprints, is_same, is_own)
 
 
 def looks(

@@ -138,24 +138,25 @@ class Store:
             self.backend.make_dirs(sorted(set(DIRS) - there))
             self._is_prepared = True
 
-    def freeing(self, do: Callable[[bool], R], share: float = 1.0) -> R:
+    def freeing(self, do: Callable[[StorageError | None], R], share: float = 1.0) -> R:
         """Do what leads to space being freed; if the disk is full, again, with the reserve to write into.
 
         Parameters
         ----------
         do : callable
-            Takes up what was begun, if it is called again; then it is given True.
+            Takes up what was begun, if it is called again; then it is given the error that said so.
         share : float
             Of the reserve.
         """
         try:
-            return do(False)
+            return do(None)
         except StorageError as e:
             if not e.is_full or not self.backend.spend_reserve(share):
                 raise
+            full = e
             log.info("%s; going on with what was kept back for this", e.message)
         try:
-            return do(True)
+            return do(full)
         finally:
             self.backend.keep_reserve()
 

@@ -119,7 +119,9 @@ class Deferred:
     name, dtype, shape, framework
         As of `Tensor`.
     take : callable
-        Returns the bytes, a copy each time.
+        Returns the bytes, anew each time.
+    is_own : bool
+        Whether that is a copy, which nobody else has; if not, it may change once the tensor is saved.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Deferred:
     shape: tuple[int, ...]
     framework: Framework
     take: Callable[[], U8]
+    is_own: bool = True
 
     @property
     def size(self) -> int:
@@ -134,7 +137,7 @@ class Deferred:
         return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
 
     def taken(self) -> Tensor:
-        """Return the tensor, with a copy of its bytes."""
+        """Return the tensor, with its bytes."""
         return Tensor(self.name, self.dtype, self.shape, self.framework, self.take())
 
 

@@ -23,8 +23,8 @@ MODULES["deltackpt"] = MODULES.pop("__init__")
 
 #: Modules that open files which are not a store's.
 OPENS_FILES = {
-    "files", "folders", "markers", "series", "export", "demo", "cli", "process", "energy",
-    "integrations.transformers",
+    "targets", "files", "folders", "originals", "markers", "series", "export", "demo", "cli", "process",
+    "energy", "integrations.transformers",
 }  # fmt: skip
 FILE_MODULES = {"pathlib", "shutil", "tempfile", "glob", "io", "fcntl", "fileinput", "mmap"}
 #: What of `os` opens nothing.

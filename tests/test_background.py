@@ -130,7 +130,7 @@ def test_a_job_that_goes_on_takes_deltas_against_the_step_it_found(tmp_path):
     with open_run(tmp_path) as run:
         report = run.save_async({"w": w * np.float32(1.0001), "new": weights(1, 1000)}, step=1).wait()
         assert "delta-dense" in report.groups[0].codecs
-        assert run._resumed == 0
+        assert run._keeper.resumed == 0
 
 
 def test_what_cannot_be_saved_is_told_at_once(tmp_path):

@@ -354,7 +354,7 @@ def test_a_comparison_is_not_resuming():
         run.save({"v": step}, step=step)
     run.load(2)
     run.diff(1, 2)
-    assert run._resumed == 2
+    assert run._keeper.resumed == 2
 
 
 def test_json_holds_the_totals():

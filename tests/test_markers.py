@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deltackpt import files, open_run
+from deltackpt import open_run, targets
 from deltackpt.errors import InvalidInputError, NotFoundError, StorageError
 from deltackpt.markers import Marker, Runs, check_options, metadata_of, place_for, stand_in, take_away
 
@@ -83,7 +83,7 @@ def test_a_marker_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeyp
     def fails(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", fails)
+    monkeypatch.setattr(targets.os, "fsync", fails)
     with pytest.raises(StorageError, match="No space left"):
         Marker("/", "other", 1, "").put(path)
     assert Marker.at(path) == GOOD

@@ -1,11 +1,13 @@
 """What is stored anew, what is not, and what a load reads: all figures are exact."""
 
+import weakref
+
 import numpy as np
 import pytest
 from faults import Wrapper
 from plain import same, weights
 
-from deltackpt import delta, open_store
+from deltackpt import delta, open_run, open_store
 from deltackpt.backends.memory import MemoryBackend
 from deltackpt.run import Run
 from deltackpt.tree import flatten
@@ -169,26 +171,31 @@ def test_a_damaged_previous_step_does_not_keep_the_next_from_being_saved(backend
     assert same(run.load(2), state)
 
 
-def test_arrays_that_must_be_copied_are_copied_one_at_a_time(backend):
-    """A state of transposed arrays, or on a device, must not be in memory twice."""
+@pytest.mark.parametrize("n_changed", [3_000_000, 1])
+def test_arrays_that_must_be_copied_are_copied_one_at_a_time(backend, n_changed):
+    """A state of slices, or on a device, must not be in memory twice."""
     live, most = 0, 0
 
-    class Copy(np.ndarray):
-        def __del__(self):
-            nonlocal live
-            live -= 1
+    def gone():
+        nonlocal live
+        live -= 1
 
     def taken(self):
         nonlocal live, most
-        data = self.take().view(Copy)
+        data = self.take()
+        weakref.finalize(data.base, gone)
         live += 1
         most = max(most, live)
-        return Tensor(self.name, self.dtype, self.shape, self.framework, np.asarray(data))
+        return Tensor(self.name, self.dtype, self.shape, self.framework, data)
 
-    state = {f"w{i}": weights(3_000_000, i).reshape(1000, 3000).T for i in range(6)}
+    state = {f"w{i}": weights(3_000_000, i).reshape(1000, 3000)[:, 1:] for i in range(6)}
+    run = open_run(backend, shadow=0)
+    run.save(state, step=1)
+    for w in state.values():
+        w.flat[:n_changed] += 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Deferred, "taken", taken)
-        fresh(backend).save(state, step=1)
+        run.save(state, step=2)
     assert live == 0
-    assert most <= 3
-    assert same(fresh(backend).load(1), state)
+    assert 0 < most <= 3
+    assert same(fresh(backend).load(2), state)

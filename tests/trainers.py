@@ -14,7 +14,7 @@ import torch
 from commands import environment
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from deltackpt import folders
+from deltackpt import targets
 from deltackpt.integrations.transformers import DeltaCallback
 from deltackpt.session import Session
 
@@ -167,9 +167,9 @@ def dies(out, store, where):
     elif where == "in the Trainer's own save":
         Trainer._save_rng_state = at_second(Trainer._save_rng_state)
     elif where == "between the decision and the removal":
-        folders.remove = die
+        targets.remove = die
     else:
-        folders._remove = die
+        targets.discard = die
     trained(out, [DeltaCallback(store)])
 
 

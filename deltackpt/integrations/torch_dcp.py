@@ -50,11 +50,12 @@ from deltackpt.integrations.shards import (
     resharded,
     together,
 )
+from deltackpt.labels import check_metadata, check_metrics
 from deltackpt.memory import Memory
 from deltackpt.records import Commit, Fence, SessionName, check_run, check_step
 from deltackpt.report import SaveReport
 from deltackpt.retention import Rule
-from deltackpt.run import check_metadata, check_metrics, open_run
+from deltackpt.run import open_run
 from deltackpt.saver import Saver, What
 from deltackpt.shadow import SIZE_MAX, Shadow
 from deltackpt.store import Store, open_store

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deltackpt import folders
+from deltackpt import originals, targets
 from deltackpt.efforts import Optimize, check_optimize
 from deltackpt.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from deltackpt.folders import FolderSaver, Found
@@ -132,7 +132,7 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
         """Refuse to begin where the run has gone on already."""
         if not state.is_world_process_zero:
             return
-        folders.remove_leftovers(Path(args.output_dir))
+        targets.remove_leftovers(Path(args.output_dir))
         self.report = None
         run = self._existing()
         newest = run.latest() if run is not None else None
@@ -165,7 +165,7 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
         log.info("%s", self.report)
         # Only now that the step is durable; each goes by one rename, so that what has its name is whole.
         for old in stale if self.on_disk or step == best else [*stale, path]:
-            folders.remove(old)
+            targets.remove(old)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,11 +191,11 @@ class DeltaCallback(TrainerCallback):  # type: ignore[misc]
 
 def _restore(run: Run, step: int, path: Path) -> None:
     """Put a step where the Trainer wrote it, and the best one that it speaks of."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not folders.is_as_saved(run, step, path, by_content=True):
+    targets.make_directory(path.parent)
+    if not path.exists() or not originals.is_as_saved(run, step, path, by_content=True):
         if path.exists():
             log.warning("%s: is not what was saved of step %d, and is replaced", path, step)
-        folders.restore(run, step, path, overwrite=True)
+        originals.restore(run, step, path, overwrite=True)
     for number, other in _on_disk(path.parent).items():
         if number > step:
             log.warning(
@@ -203,7 +203,7 @@ def _restore(run: Run, step: int, path: Path) -> None:
             )
     best = _best_of(path)
     if best is not None and best not in _on_disk(path.parent) and best in run:
-        folders.restore(run, best, path.with_name(f"checkpoint-{best}"))
+        originals.restore(run, best, path.with_name(f"checkpoint-{best}"))
 
 
 def _best_of(path: Path) -> int | None:
@@ -233,7 +233,7 @@ def _stale(run: Run, directory: Path, step: int, best: int | None, on_disk: int)
     return [
         path
         for number, path in older[: len(older) - n_stay]
-        if number != best and number in run and folders.is_as_saved(run, number, path)
+        if number != best and number in run and originals.is_as_saved(run, number, path)
     ]
 
 

@@ -311,7 +311,7 @@ PROCESS = """
 
 
 def both(program, where, environment):
-    """Have two processes of one job run a program; what each has printed, line by line, or its error."""
+    """Have two processes of one job run a program; what each has printed, line by line, and what ended it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -326,8 +326,9 @@ def both(program, where, environment):
         for who in "01"
     ]
     told = []
-    for out, errors in [child.communicate(timeout=60) for child in children]:
-        told.append([line for line in out.splitlines() if not line.startswith("[Gloo]")] or [errors])
+    for child, (out, errors) in [(child, child.communicate(timeout=60)) for child in children]:
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        told.append([*lines, errors] if child.returncode else lines)
     return told
 
 

@@ -310,6 +310,14 @@ PROCESS = """
 """
 
 
+#: Gloo writes to file descriptor 1, in the middle of a line if need be.
+ALONE = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+"""
+
+
 def both(program, where, environment):
     """Have two processes of one job run a program; what each has printed, line by line, and what ended it."""
     with socket.socket() as s:
@@ -317,7 +325,7 @@ def both(program, where, environment):
         port = str(s.getsockname()[1])
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program), where, port, who],
+            [sys.executable, "-c", ALONE + textwrap.dedent(program), where, port, who],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -327,8 +335,7 @@ def both(program, where, environment):
     ]
     told = []
     for child, (out, errors) in [(child, child.communicate(timeout=60)) for child in children]:
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        told.append([*lines, errors] if child.returncode else lines)
+        told.append(out.splitlines() + [errors] * (child.returncode != 0))
     return told
 
 

@@ -332,7 +332,7 @@ def read_parts(
         for row, leaf, index in wanted
     ]
     place = _placer(device_map)
-    sizes = [min(stop - start, _COPY_SIZE) for start, stop in (pick.layout.span for pick in picks)]
+    sizes = [min(pick.read_size(store.chunker.max_size), _COPY_SIZE) for pick in picks]
     for group in _groups(picks, sizes):
         with reading():
             whole = {i: p.allocated() for i, p in enumerate(group) if p.is_whole}
@@ -356,6 +356,11 @@ class _Pick(NamedTuple):
     @property
     def dtype(self) -> str:
         return self.view.dtype or self.row.dtype
+
+    def read_size(self, chunk_size: int) -> int:
+        """Return how much memory reading it takes: from its first chunk to its last."""
+        start, stop = self.layout.span
+        return min(self.row.size, stop - start + chunk_size)
 
     def allocated(self) -> tuple[Any, U8]:
         return arrays.allocate(self.row.dtype, self.row.shape, self.row.framework)

@@ -222,6 +222,15 @@ def test_each_directory_of_tags_is_thinned_by_itself_by_whatever_name(tmp_path):
     assert engine.load(best / "global_step1" / "a.pt")["n"] == 1
 
 
+@pytest.mark.parametrize("path", ["/no\0path/a.pt", "/no\ud800path/a.pt", f"/{'x' * 300}/a.pt", "x" * 9000])
+def test_a_step_whose_path_is_none_keeps_no_tag_from_going(tmp_path, path):
+    engine = DeltaCheckpointEngine(tmp_path / "store", keep=last(1))
+    open_run(tmp_path / "store", "main.b").save({"n": 1}, step=1, metadata={"path": path})
+    for step in (1, 2, 3):
+        save_tag(engine, tmp_path / "tags", step)
+    assert steps_of_runs(tmp_path / "store") == {"main.a": [2, 3], "main.b": [1]}
+
+
 def test_an_object_of_another_deepspeed_is_told_with_what_to_do(tmp_path):
     path = tmp_path / "tags" / "global_step1" / "a.pt"
     save_tag(DeltaCheckpointEngine(tmp_path / "store"), tmp_path / "tags", 1)

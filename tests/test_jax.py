@@ -31,7 +31,7 @@ from jax_train import WIDTH, fresh, mesh_of, trained  # noqa: E402
 import deltackpt  # noqa: E402
 from deltackpt import gc, last, open_run, open_store  # noqa: E402
 from deltackpt.backends.memory import MemoryBackend  # noqa: E402
-from deltackpt.errors import ConflictError, InvalidInputError, NotFoundError  # noqa: E402
+from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError, NotFoundError  # noqa: E402
 from deltackpt.integrations import jax as integration  # noqa: E402
 from deltackpt.integrations.jax import as_state, restore, save  # noqa: E402
 from deltackpt.store import Store  # noqa: E402
@@ -310,14 +310,22 @@ PROCESS = """
 """
 
 
+#: Gloo writes to file descriptor 1, in the middle of a line if need be.
+ALONE = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+"""
+
+
 def both(program, where, environment):
-    """Have two processes of one job run a program; what each has printed, line by line, or its error."""
+    """Have two processes of one job run a program; what each has printed, line by line, and what ended it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program), where, port, who],
+            [sys.executable, "-c", ALONE + textwrap.dedent(program), where, port, who],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -326,8 +334,8 @@ def both(program, where, environment):
         for who in "01"
     ]
     told = []
-    for out, errors in [child.communicate(timeout=60) for child in children]:
-        told.append([line for line in out.splitlines() if not line.startswith("[Gloo]")] or [errors])
+    for child, (out, errors) in [(child, child.communicate(timeout=60)) for child in children]:
+        told.append(out.splitlines() + [errors] * (child.returncode != 0))
     return told
 
 
@@ -434,6 +442,36 @@ def test_a_step_that_is_not_what_the_first_process_has_found_is_a_conflict(monke
     monkeypatch.setattr(integration, "_said_by_all", lambda mine: [{**mine, "slot": found}, mine])
     with pytest.raises(ConflictError, match=f"'main' step {step}: was overwritten or forgotten"):
         restore(store, {"x": np.ones(3)})
+
+
+def test_whatever_goes_wrong_in_the_first_process_the_others_are_told(monkeypatch):
+    store = MemoryBackend()
+    save({"x": np.ones(3)}, store, step=1)
+    said = []
+
+    def said_by_all(mine):
+        said.append(mine)
+        return [said[0], mine]
+
+    def fails(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(integration, "_said_by_all", said_by_all)
+    monkeypatch.setattr(deltackpt.Run, "commit", fails)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        restore(store, {"x": np.ones(3)})
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(DeltackptError, match="process 0: RuntimeError: out of luck"):
+        restore(store, {"x": np.ones(3)})
+
+
+def test_there_is_room_for_all_that_a_process_may_say(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(integration, "process_allgather", lambda row: row[None])
+    name = "\U00010348" * 400
+    with pytest.raises(InvalidInputError, match="run: found"):
+        restore(MemoryBackend(), {}, step=name, run=name)
 
 
 # -- what may stand in a pytree

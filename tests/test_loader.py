@@ -404,6 +404,24 @@ def test_what_is_gathered_is_read_some_at_a_time(monkeypatch):
     assert list(loader.gather([])) == []
 
 
+def test_parts_that_are_small_take_no_more_memory_than_others(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((16, 8, 1000))
+    backend = saved(dict(enumerate(x)))
+    made, parts = [], loader.parts
+
+    def counted(store, wanted):
+        found = parts(store, wanted)
+        made.append(sum(data.size for data, _ in found))
+        return found
+
+    monkeypatch.setattr(loader, "parts", counted)
+    monkeypatch.setattr(loader, "_COPY_SIZE", 200_000)
+    lazy = opened(backend).load(lazy=True)
+    found = list(loader.gather([(lazy[i], j) for i in range(16) for j in range(8)]))
+    assert np.array_equal(np.stack(found), x.reshape(128, 1000))
+    assert max(made) < 300_000
+
+
 def test_a_chunk_that_several_parts_lie_in_is_read_once():
     x = np.random.default_rng(0).standard_normal((20_000, 1))
     backend = saved({"x": x, "same": x.copy(), "empty": np.zeros((0, 3))}, Counting())

@@ -132,3 +132,9 @@ def test_options_that_are_not_about_saves_are_refused():
     check_options("x", {"shadow": 0, "memory_max": 1, "audit_every": 1, "optimize": "time"})
     with pytest.raises(InvalidInputError, match="x: found create, keep, expected options of saves"):
         check_options("x", {"keep": None, "create": True})
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_what_the_system_refuses_as_a_path_is_named(follow):
+    with pytest.raises(StorageError, match="xxx: File name too long"):
+        Marker.at("x" * 9000, follow=follow)

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from anystate import Config, Point  # noqa: E402
 from commands import environment  # noqa: E402
 from jobs import (  # noqa: E402
     N_ITEMS,
@@ -238,6 +239,25 @@ def test_the_extra_state_of_a_module_may_change_its_size_and_kind(tmp_path, ther
     assert str(other[0].extra) == str(there)
     assert torch.equal(other[0].weight, model[0].weight)
     assert other[0].weight.data_ptr() == place
+
+
+@pytest.mark.parametrize("kind", [Config, Point])
+def test_the_extra_state_of_a_module_may_be_of_the_users_own_classes(tmp_path, kind):
+    there, here = (kind([torch.ones(n)], 5) for n in (2, 3))
+    model, other = Extra({"of": there}), Extra({"of": here})
+    with open_run(tmp_path) as run:
+        Training(run, model=model).save(1)
+        Training(run, model=other).resume()
+    assert str(other.extra) == str(model.extra)
+
+
+@pytest.mark.parametrize("saved", [5, None, [1], "text"])
+def test_a_step_in_which_a_module_is_something_else_is_refused(tmp_path, saved):
+    with open_run(tmp_path) as run:
+        Training(run, model=Extra(torch.ones(2))).save(1)
+        run.save({**run.load(1), "model": saved}, step=2)
+        with pytest.raises(InvalidInputError, match="does not match the snapshot"):
+            Training(run, model=Extra(torch.ones(2))).resume()
 
 
 def test_modules_are_loaded_into_the_memory_they_have(tmp_path):

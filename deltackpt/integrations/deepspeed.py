@@ -241,21 +241,28 @@ class DeltaCheckpointEngine(TorchCheckpointEngine):
         """
         tags: defaultdict[str, list[_Saved]] = defaultdict(list)
         pinned: set[int] = set()
+        saving = _tag_of(self._directory)
         for name in self._runs.names():
             if not name.startswith(f"{self.run}."):
                 continue
             run = self._runs.open(name)
             pinned.update(run.pinned())
             for commit in run.commits():
-                if path := path_of(commit):
+                path = path_of(commit)
+                tag = _tag_of(path or "")
+                if path and tag != saving and tag.rpartition("/")[0] == directory:
                     marker = Marker.at(path)
                     is_there = marker is not None and marker.names(commit)
-                    tags[os.path.realpath(path.rpartition("/")[0])].append(
-                        _Saved(run, commit, path, is_there)
-                    )
-        tags.pop(os.path.realpath(self._directory), None)
-        found = [tag for at, tag in tags.items() if at.rpartition("/")[0] == directory]
-        return [tag for tag in found if any(one.is_there for one in tag)], pinned
+                    tags[tag].append(_Saved(run, commit, path, is_there))
+        return [tag for tag in tags.values() if any(one.is_there for one in tag)], pinned
+
+
+def _tag_of(path: str) -> str:
+    """Return which directory a step's file was saved into, links followed; nothing if there can be none."""
+    try:
+        return os.path.realpath(path.rpartition("/")[0])
+    except ValueError:  # a record is anybody's
+        return ""
 
 
 def _step_of(tag: str) -> int:

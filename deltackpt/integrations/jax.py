@@ -42,8 +42,8 @@ Path: TypeAlias = tuple[Hashable, ...]
 Box: TypeAlias = tuple[tuple[int, int], ...]
 
 _N_PROBLEMS_MAX = 50
-#: Room for what a process tells the others: a name, and 500 characters of what went wrong.
-_SAID_SIZE = 8 << 10
+#: Room for what a process tells the others: 800 characters, each of which takes 12 bytes at most.
+_SAID_SIZE = 10 << 10
 
 
 def save(
@@ -212,14 +212,14 @@ def _found_by_all(store: Where | Run, name: str, step: int | str) -> State:
         "slot": None,
         "error": None,
     }
-    error: DeltackptError | None = None
+    error: Exception | None = None
     try:
         run = store if isinstance(store, Run) else open_run(store, name, create=False)
         mine["run"], mine["store"] = run.name, run.store.uuid.hex()
         if jax.process_index() == 0:
             mine["slot"] = run.commit(step).slot
-    except DeltackptError as e:  # the others wait to hear of it
-        error, mine["error"] = e, [type(e).__name__, e.message[:400], e.hint and e.hint[:100]]
+    except Exception as e:  # whatever it is, the others wait to hear of it
+        error, mine["error"] = e, _told(e)
     slot = _agreed(_said_by_all(mine), error)
     with suppress(NotFoundError):  # of which others, that have found it, would not hear
         commit = run.commit(slot.step)
@@ -233,6 +233,13 @@ def _found_by_all(store: Where | Run, name: str, step: int | str) -> State:
     )
 
 
+def _told(error: Exception) -> tuple[str, str, str]:
+    """Return an error as the other processes are told of it: its class, its message, its hint."""
+    if not isinstance(error, DeltackptError):
+        return DeltackptError.__name__, f"{type(error).__name__}: {error}"[:400], ""
+    return type(error).__name__, error.message[:400], (error.hint or "")[:100]
+
+
 def _said_by_all(mine: dict[str, Any]) -> list[dict[str, Any]]:
     """Tell all processes something short, and return what each has said."""
     data = json.dumps(mine).encode()
@@ -241,7 +248,7 @@ def _said_by_all(mine: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(said.tobytes().rstrip(b"\0")) for said in process_allgather(row)]
 
 
-def _agreed(said: Sequence[dict[str, Any]], error: DeltackptError | None) -> Slot:
+def _agreed(said: Sequence[dict[str, Any]], error: Exception | None) -> Slot:
     """Return what process 0 has found, or raise what kept it from that; the same in all processes."""
     first = said[0]
     for i, other in enumerate(said):
@@ -259,7 +266,7 @@ def _agreed(said: Sequence[dict[str, Any]], error: DeltackptError | None) -> Slo
         raise error
     if first["error"]:
         kind, message, hint = first["error"]
-        raise getattr(errors, kind)(f"process 0: {message}", hint=hint)
+        raise getattr(errors, kind, DeltackptError)(f"process 0: {message}", hint=hint or None)
     return Slot(*first["slot"])
 
 

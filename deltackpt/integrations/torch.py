@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deltackpt import tree
+from deltackpt import classes, tree
 from deltackpt.errors import DeltackptError, InvalidInputError, NotFoundError
 from deltackpt.loader import LazyArray
 from deltackpt.pending import Pending
@@ -210,9 +210,9 @@ class Training:
             # Of any size and kind, as the step has it: the module takes it, and it has no place of its own.
             there = self.run.load(step, keys=[*placed], lazy=True, allow_pickle=allow_pickle)
             for name, state in placed.items():
-                state.update(
-                    {key: _read(x) for key, x in there[name].items() if _is_extra(key) and key in state}
-                )
+                saved = there.get(name)
+                if isinstance(saved, dict):  # else it is refused below
+                    state.update({k: _read(x) for k, x in saved.items() if _is_extra(k) and k in state})
         keys = [name for name in alike if name not in placed]
         if n_saved == n_ranks:
             keys.append(f"{_OURS}.ranks.{rank}")
@@ -482,6 +482,9 @@ def _read(x: State) -> State:
         return x[...]
     if isinstance(x, dict):
         return {key: _read(value) for key, value in x.items()}
+    if (kind := classes.kind_of(x)) is not None:
+        name, items = classes.take_apart(x, _EXTRA)
+        return classes.put_together(kind, name, [(field, _read(y)) for field, y in items], _EXTRA)
     return [_read(value) for value in x] if type(x) in (list, tuple) else x
 
 

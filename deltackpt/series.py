@@ -35,10 +35,13 @@ _N_PARTS = 2  # of a path that is alone: the file and its directory
 _PART = re.compile(r"\d+-of-0*(\d+)", re.ASCII)
 #: A whole number: not one with a decimal point, as in ``loss=0.25``.
 _NUMBER = re.compile(r"(?<!\d)(?<!\d\.)(\d+)(?!\d)(?!\.\d)", re.ASCII)
-#: What a number of steps is called, the best first: ``step_100``, ``global_step100``, ``iter_0000100``.
-_WORDS = ("step", r"(?<![a-z])iter(?:ation)?", r"(?<![a-z])(?:checkpoint|ckpt)", r"(?<![a-z])epoch")
-_STEP, *_LIKE_STEP = (
-    re.compile(rf"{word}s?[-_= ]?{_NUMBER.pattern}", re.ASCII | re.IGNORECASE) for word in _WORDS
+#: ``step_100``, ``global_step100``.
+_STEP = re.compile(rf"steps?[-_= ]?{_NUMBER.pattern}", re.ASCII | re.IGNORECASE)
+#: ``20261128``, ``2026-11-28``, either with a time behind it.
+_DATE = re.compile(
+    r"(?<!\d)(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:0[1-9]|[12]\d|3[01])"
+    r"(?:[-_T ]?[0-2]\d[-_:.]?[0-5]\d(?:[-_:.]?[0-5]\d)?)?(?!\d)",
+    re.ASCII,
 )
 #: What a checkpoint of some step is called: ``step_100``, ``checkpoint-100``, ``epoch=3``, ``iter_0000100``.
 _CALLED = re.compile(r"(?:step|checkpoint|ckpt|epoch|iter|iteration)s?[-_= ]?\d", re.ASCII | re.IGNORECASE)
@@ -147,12 +150,11 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
     """Read from the names of files which step each of them is.
 
     The number that follows the word ``step``, if every path has one and they are not all the same; else the
-    number that follows ``iter`` or ``iteration``, ``checkpoint`` or ``ckpt``, ``epoch``, the first of them
-    that every path has and no two have the same; else the last number that is not the same in all paths,
-    counted from the end.  A number is a run of digits without a decimal point, and not the ``2-of-8`` of a
-    part; names that have not the same count of them are not compared.  A directory counts as a part of the
-    name.  A path that is alone has nothing to differ from: of the names of its file and its directory it
-    takes the number that follows such a word, else the last.
+    last number that is not the same in all paths, counted from the end.  A number is a run of digits without
+    a decimal point, and not the ``2-of-8`` of a part, nor a date if every path has one and another number;
+    names that have not the same count of them are not compared.  A directory counts as a part of the name.
+    A path that is alone has nothing to differ from: it takes the last number of its file's and its
+    directory's name.
 
     Parameters
     ----------
@@ -182,7 +184,7 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
     names = [str(Path(*Path(texts[0]).parts[-_N_PARTS:]))] if len(texts) == 1 else texts
     _refuse([t for t in texts if any(int(n) > 1 for n in _PART.findall(t))], "is one part of a checkpoint")
     names = [_PART.sub("", name) for name in names]
-    found = _called_steps(names) or _last_that_differ(names)
+    found = _called_steps(names) or _last_but_dates(names)
     _refuse([t for t, n in zip(texts, found, strict=True) if n is None], "has no number that tells its step")
     steps = {t: int(n) for t, n in zip(texts, found, strict=True) if n is not None}
     _refuse([f"{t} ({s})" for t, s in steps.items() if s > STEP_MAX], f"has a number above {STEP_MAX}")
@@ -195,17 +197,21 @@ def steps_of(paths: Iterable[P]) -> dict[P, int]:
 
 
 def _called_steps(names: Sequence[str]) -> list[str | None] | None:
-    """Return the numbers that follow a word as ``step`` or ``checkpoint``, if they tell the names apart."""
-    for called in (_STEP, *_LIKE_STEP):
-        found = [called.findall(name) for name in names]
-        last = [numbers[-1] for numbers in found if numbers]
-        n_values = len(set(map(_value, last)))
-        # Two names of one step are an error.  But there may be several of an epoch, and what fairseq calls
-        # checkpoint_1_500 and checkpoint_1_1000: then another number is the step.
-        n_wanted = min(2, len(names)) if called is _STEP else len(names)
-        if all(found) and n_values >= n_wanted:
-            return list(last)
-    return None
+    """Return the numbers that are called steps, if they tell the names apart."""
+    found = [_STEP.findall(name) for name in names]
+    if not all(found):
+        return None
+    last = [numbers[-1] for numbers in found]
+    return list(last) if len(last) == 1 or len(set(map(_value, last))) > 1 else None
+
+
+def _last_but_dates(names: Sequence[str]) -> list[str | None]:
+    """Return the last numbers that differ and are no dates; dates, if there are no others."""
+    if all(map(_DATE.search, names)):
+        found = _last_that_differ([_DATE.sub("", name) for name in names])
+        if None not in found:
+            return found
+    return _last_that_differ(names)
 
 
 def _last_that_differ(names: Sequence[str]) -> list[str | None]:

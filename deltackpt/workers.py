@@ -20,11 +20,13 @@ def n_threads() -> int:
     """Return how many threads encode and decode: one a core that is this process's, at most 8.
 
     The ranks of a job that are on one machine share its cores: ``LOCAL_WORLD_SIZE``, as torchrun and its like
-    set it, says how many they are.
+    set it, says how many they are.  A rank that is bound to cores of its own has those.
     """
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_all = os.cpu_count() or 1
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_all
     n_ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, min(8, n_cores // max(1, int(n_ranks) if n_ranks.isdecimal() else 1)))
+    share = n_all // max(1, int(n_ranks) if n_ranks.isdecimal() else 1)
+    return max(1, min(8, n_cores, share))
 
 
 def submit(pool: ThreadPoolExecutor, function: Callable[..., R], *args: Any) -> Future[R]:

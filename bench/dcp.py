@@ -3,7 +3,8 @@
 Owns   the ranks, their shards, what is timed and counted.
 Never  trains: the states are those of states.py.
 
-    python bench/dcp.py [--regimes adapter finetune] [--size medium] [--ranks 4] [--repeats 3] [--json FILE]
+    python bench/dcp.py [--regimes adapter finetune] [--size medium] [--ranks 4] [--repeats 3]
+                        [--plan-caching] [--json FILE]
 
 Every tensor is sharded by rows over the ranks, as FSDP2 does, and saved over gloo by `dcp.save`: each save
 of a series by torch's `FileSystemWriter` and by `DeltaStorageWriter`, in turns, and loaded back by each at
@@ -83,17 +84,22 @@ def sharded(tensors: Tensors, mesh: DeviceMesh) -> dict[str, DTensor]:
     }
 
 
-def saves(rank: int, regime: str, size: str, cache: Path, at: Path, out: Path) -> None:
+def saves(rank: int, regime: str, size: str, cache: Path, caching: bool, at: Path, out: Path) -> None:
     """Save a series by each tool; seconds and bytes of every save, seconds of the last one's load."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: dict[str, dict[str, Any]] = {name: {"seconds": [], "own": [], "bytes": []} for name in TOOLS}
     trained = series(regime, size, 0, cache).saves
+    planners = {
+        name: type(name, (dcp.DefaultSavePlanner,), {}) for name in TOOLS
+    }  # a class caches for itself
     for step, save in enumerate(trained):
         state = sharded(save.tensors(), mesh)
         for name, (writer, _) in TOOLS.items():
             by = writer(at / name, step)
             own = [timing(by, call) for call in ("write_data", "finish")]
-            found[name]["seconds"].append(timed(functools.partial(dcp.save, state, storage_writer=by)))
+            planner = planners[name](enable_plan_caching=caching)
+            saving = functools.partial(dcp.save, state, storage_writer=by, planner=planner)
+            found[name]["seconds"].append(timed(saving))
             found[name]["own"].append(sum(map(sum, own)))
             found[name]["bytes"].append(tree_size(at / name) - sum(found[name]["bytes"]))
     for name, (_, reader) in TOOLS.items():
@@ -144,7 +150,7 @@ def measure(regime: str, options: argparse.Namespace) -> dict[str, Any]:
         say(f"{regime}: {n + 1} of {options.repeats} ...")
         with tempfile.TemporaryDirectory(dir=options.dir or Path.cwd(), prefix="bench-") as name:
             at, out = Path(name) / "stores", Path(name) / "found.json"
-            in_ranks(options.ranks, saves, regime, options.size, options.cache, at, out)
+            in_ranks(options.ranks, saves, regime, options.size, options.cache, options.plan_caching, at, out)
             found = json.loads(out.read_text())
             if n == 0:
                 shares = {}
@@ -183,6 +189,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="medium")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plan-caching", action="store_true", help="plan once, for both writers")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--dir", type=Path, help="where to write; default the current directory")
     parser.add_argument("--json", type=Path)

@@ -484,9 +484,9 @@ class _Saver:
             for chunk_id, put in zip(chunk_ids, puts, strict=True)
             if not self._session.was_put(chunk_id)
         }
-        # Until it is encoded a view of a few chunks would keep all of their tensor, if that is a copy; what
-        # is staged is kept in any case.
-        is_few = p.is_own and not self._is_staged and 2 * sum(new.values()) < p.tensor.size
+        # Until it is encoded a view of a few chunks would keep all of their tensor: a copy, or a map of a
+        # file with its descriptor.  What is staged is kept in any case.
+        is_few = not self._is_staged and 2 * sum(new.values()) < p.tensor.size
         self.tally.put(p.known.row, ids[[put.i for put in puts]], [put.parent is not None for put in puts])
         for why, tried in modes.items():
             if tried is not None:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from deltackpt.errors import InvalidInputError
 
-#: Elements nearer than this count as one run: no chunk but a tensor's last is smaller (chunking.Chunker).
+#: Elements nearer than this count as one run: the chunker cuts no smaller chunk but a tensor's last
+#: (chunking.Chunker).  Pieces of shards may be smaller; of those one too many is read.
 _NEAR = 1 << 16
 #: Runs of an array of 256 GiB whose elements do not overlap, at most.
 _N_RUNS_MAX = 1 << 22

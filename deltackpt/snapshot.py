@@ -320,6 +320,7 @@ class _Saver:
         self._own_size_max = shadow.size_max - (0 if is_staged else shadow.size)
         self._here = Memory()
         self._clock = clock
+        self._given: Sequence[Tensor | Deferred] = ()
         self._knowns: list[Known | None] = []
         self._pending: list[_Pending] = []
         self._pending_size = 0
@@ -330,6 +331,7 @@ class _Saver:
 
     def all(self, tensors: Sequence[Tensor | Deferred], looks: Iterable[Look]) -> list[Known | None]:
         """Put the new chunks of all tensors; return what is known of each, None for one without bytes."""
+        self._given = tensors
         self._knowns = [None] * len(tensors)
         casts = Casts(tensors)
         for look in looks:
@@ -479,14 +481,10 @@ class _Saver:
         self._session.pace.pass_by(p.tensor.size - sum(put.data.size for put in puts))
         kind, ids = kind_of(p.tensor.dtype), p.known.ids
         chunk_ids = [ids[put.i].tobytes() for put in puts]
-        new = {
-            chunk_id: put.data.size
-            for chunk_id, put in zip(chunk_ids, puts, strict=True)
-            if not self._session.was_put(chunk_id)
-        }
-        # Until it is encoded a view of a few chunks would keep all of their tensor: a copy, or a map of a
-        # file with its descriptor.  What is staged is kept in any case.
-        is_few = not self._is_staged and 2 * sum(new.values()) < p.tensor.size
+        is_few = False
+        if self._is_passing(p.at):
+            new = {i: put.data.size for i, put in zip(chunk_ids, puts, strict=True)}
+            is_few = 2 * sum(n for i, n in new.items() if not self._session.was_put(i)) < p.tensor.size
         self.tally.put(p.known.row, ids[[put.i for put in puts]], [put.parent is not None for put in puts])
         for why, tried in modes.items():
             if tried is not None:
@@ -498,8 +496,13 @@ class _Saver:
             if mode == codecs.WHOLE or put.why not in modes:
                 parent = None  # or it would be read for nothing
             seen = p.known.fingerprints[put.i] if p.known.fingerprints is not None else None
-            data = put.data.copy() if is_few and chunk_id in new else put.data
+            # Until it is encoded, a view of it would keep all of the tensor.
+            data = put.data.copy() if is_few and not self._session.was_put(chunk_id) else put.data
             self._session.put(chunk_id, data, kind, parent, mode, seen)
+
+    def _is_passing(self, at: int) -> bool:
+        """Return whether a tensor is here for this save alone: a copy, or a map that holds a descriptor."""
+        return not self._is_staged and isinstance(self._given[at], Deferred)
 
     def _note_changed(self, p: _Pending) -> None:
         """Note that a tensor has new bytes, and keep them for the shadow if there is room."""

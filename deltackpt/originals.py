@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from blake3 import blake3
@@ -35,6 +35,9 @@ from deltackpt.run import Run, open_run
 from deltackpt.store import Where
 from deltackpt.structure import Leaf, where
 from deltackpt.types import U8
+
+#: Decodes tensors into their places.
+Fill: TypeAlias = Callable[[list[tuple[TensorRow, U8]]], None]
 
 #: Bytes of tensors put into a file at a time; a larger tensor makes a batch of its own.
 _BATCH_SIZE = 64 << 20
@@ -222,7 +225,7 @@ class _Folder:
     def write(
         self,
         root: Path,
-        fill: Callable[[list[tuple[TensorRow, U8]]], None],
+        fill: Fill,
         progress: Callable[[int, int], None],
     ) -> None:
         """Write all of it to a new place, durably."""
@@ -256,7 +259,7 @@ def _after(done_size: int, total_size: int, progress: Callable[[int, int], None]
 def _write_file(
     path: Path,
     entry: _Entry,
-    fill: Callable[[list[tuple[TensorRow, U8]]], None],
+    fill: Fill,
     progress: Callable[[int], None],
 ) -> None:
     with path.open("x+b") as file:
@@ -279,7 +282,7 @@ def _write_file(
 def _fill_file(
     content: U8,
     entry: _Entry,
-    fill: Callable[[list[tuple[TensorRow, U8]]], None],
+    fill: Fill,
     progress: Callable[[int], None],
 ) -> None:
     """Put a file together, decoding each tensor in its place."""

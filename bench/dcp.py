@@ -53,8 +53,6 @@ TOOLS: dict[str, Tool] = {
         lambda at, step: DeltaStorageReader(at, step=step),
     ),
 }
-
-
 #: In the order they are printed in.
 FIGURES = ("first_s", "first_own_s", "later_s", "later_own_s", "first_size", "later_size", "load_s")
 
@@ -89,9 +87,8 @@ def saves(rank: int, regime: str, size: str, cache: Path, caching: bool, at: Pat
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: dict[str, dict[str, Any]] = {name: {"seconds": [], "own": [], "bytes": []} for name in TOOLS}
     trained = series(regime, size, 0, cache).saves
-    planners = {
-        name: type(name, (dcp.DefaultSavePlanner,), {}) for name in TOOLS
-    }  # a class caches for itself
+    # A class of planners caches for all that it plans for.
+    planners = {name: type(name, (dcp.DefaultSavePlanner,), {}) for name in TOOLS}
     for step, save in enumerate(trained):
         state = sharded(save.tensors(), mesh)
         for name, (writer, _) in TOOLS.items():

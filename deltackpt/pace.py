@@ -52,6 +52,7 @@ class Pace:
         self._optimize = optimize
         self._rates = rates
         self._clock = clock
+        self._n_threads = n_threads()  # asking the system takes 30 us, a batch is some 2 ms
         self._start_s = clock()
         self._state_size = 0
         self._passed_size = 0
@@ -107,7 +108,7 @@ class Pace:
             self._clock() - self._start_s,
             sum(job.cpu_s for job in under_way),
             unwritten_size + sum(job.stored_size for job in under_way),
-            n_cores(n_threads(), self._rates.slowdown),
+            n_cores(self._n_threads, self._rates.slowdown),
         )
         took, write_s = self._rates.of(sort), self._rates.write_s
         return choose(self._optimize, size, took, write_s, progress, n_before=self._n_batches[sort])
@@ -128,7 +129,7 @@ class Pace:
         if self._optimize == "energy":
             return "fewest joules"
         sort = max(self._n_batches, key=self._n_batches.__getitem__)
-        encoding_s = self._rates.of(sort)["small"].cpu_s / n_threads()
+        encoding_s = self._rates.of(sort)["small"].cpu_s / self._n_threads
         return f"the storage takes {_gb_s(self._rates.write_s):.1f} GB/s, encoding {_gb_s(encoding_s):.1f}"
 
 

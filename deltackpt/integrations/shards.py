@@ -112,14 +112,21 @@ def needed(rows: list[TensorRow], state: State) -> list[TensorRow]:
     All of them, if it has other shards of the same tensors.
     """
     mine = {
-        (f"tensors.{fqn}.{key}", tuple(shard.shape))
+        (fqn, key, tuple(shard.shape))
         for fqn, shards in state["tensors"].items()
         for key, shard in shards.items()
     }
-    found = [row for row in rows if (row.name, row.shape) in mine or not row.name.startswith("tensors.")]
-    new = mine - {(row.name, row.shape) for row in found}
-    others = {name.rpartition(".")[0] for name, _ in new}
-    return rows if any(row.name.rpartition(".")[0] in others for row in rows) else found
+    there = [(*_split(row.name), row.shape) for row in rows]
+    others = {fqn for fqn, _, _ in mine.difference(there)}
+    if any(fqn in others for fqn, _, _ in there):
+        return rows
+    return [row for row, shard in zip(rows, there, strict=True) if shard in mine or shard[0] is None]
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Return of which tensor a shard of this name is, and at which offsets; None of what is none."""
+    tensor, _, key = name.rpartition(".")
+    return (tensor.removeprefix("tensors."), key) if tensor.startswith("tensors.") else (None, "")
 
 
 class _Band(NamedTuple):
@@ -158,13 +165,13 @@ def resharded(memory: Memory, tensors: Sequence[Tensor | Deferred]) -> Memory:
 
 def _place(tensor: Tensor | Deferred | TensorRow) -> tuple[_Band, int] | None:
     """Return the band of a shard, and at which of its bytes it begins; None of what is not called as one."""
-    name, _, key = tensor.name.rpartition(".")
-    if not name.startswith("tensors.") or not re.fullmatch(_OFFSETS, key) or not tensor.shape:
+    fqn, key = _split(tensor.name)
+    if fqn is None or not re.fullmatch(_OFFSETS, key) or not tensor.shape:
         return None
     row, *columns = map(int, key.split(","))
     if len(columns) + 1 != len(tensor.shape):
         return None
-    band = _Band(name, tensor.dtype, tuple(columns), tensor.shape[1:])
+    band = _Band(fqn, tensor.dtype, tuple(columns), tensor.shape[1:])
     return band, row * (tensor.size // tensor.shape[0])
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path, PurePath
 
 import pytest
@@ -120,6 +121,17 @@ def test_imports_point_down(name: str):
             break
         below |= layer
     assert imported(name) <= below
+
+
+def test_within_a_subpackage_no_two_modules_need_each_other():
+    needs: dict[str, set[str]] = {}
+    for name in MODULES:
+        froms = [n for n in ast.walk(tree_of(name)) if isinstance(n, ast.ImportFrom) and n.module]
+        pairs = [(n.module.removeprefix("deltackpt."), a.name) for n in froms for a in n.names]
+        found = {f"{m}.{of}" if f"{m}.{of}" in MODULES else m for m, of in pairs}
+        needs[name] = {m for m in found & MODULES.keys() if top(m) == top(name)} - {name}
+    assert needs["integrations.jax"] == {"integrations.peers"}
+    TopologicalSorter(needs).prepare()  # raises a CycleError
 
 
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if not {n, top(n)} & (OPENS_FILES | {"backends"})))

@@ -33,6 +33,7 @@ from deltackpt import gc, last, open_run, open_store  # noqa: E402
 from deltackpt.backends.memory import MemoryBackend  # noqa: E402
 from deltackpt.errors import ConflictError, DeltackptError, InvalidInputError, NotFoundError  # noqa: E402
 from deltackpt.integrations import jax as integration  # noqa: E402
+from deltackpt.integrations import peers  # noqa: E402
 from deltackpt.integrations.jax import as_state, restore, save  # noqa: E402
 from deltackpt.store import Store  # noqa: E402
 from deltackpt.verify import verify  # noqa: E402
@@ -439,7 +440,7 @@ def test_a_step_that_is_not_what_the_first_process_has_found_is_a_conflict(monke
     save({"x": np.ones(3)}, store, step=1)
     found = ["main", step, 7]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(integration, "_said_by_all", lambda mine: [{**mine, "slot": found}, mine])
+    monkeypatch.setattr(peers, "_said_by_all", lambda mine: [{**mine, "slot": found}, mine])
     with pytest.raises(ConflictError, match=f"'main' step {step}: was overwritten or forgotten"):
         restore(store, {"x": np.ones(3)})
 
@@ -457,7 +458,7 @@ def test_whatever_goes_wrong_in_the_first_process_the_others_are_told(monkeypatc
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(integration, "_said_by_all", said_by_all)
+    monkeypatch.setattr(peers, "_said_by_all", said_by_all)
     monkeypatch.setattr(deltackpt.Run, "commit", fails)
     with pytest.raises(RuntimeError, match="out of luck"):
         restore(store, {"x": np.ones(3)})
@@ -468,7 +469,7 @@ def test_whatever_goes_wrong_in_the_first_process_the_others_are_told(monkeypatc
 
 def test_there_is_room_for_all_that_a_process_may_say(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(integration, "process_allgather", lambda row: row[None])
+    monkeypatch.setattr(peers, "process_allgather", lambda row: row[None])
     name = "\U00010348" * 400
     with pytest.raises(InvalidInputError, match="run: found"):
         restore(MemoryBackend(), {}, step=name, run=name)

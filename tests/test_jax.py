@@ -475,6 +475,55 @@ def test_there_is_room_for_all_that_a_process_may_say(monkeypatch):
         restore(MemoryBackend(), {}, step=name, run=name)
 
 
+ALONE_NEVER = """
+    import sys
+
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+
+    from deltackpt import DeltackptError, StorageError
+    from deltackpt.backends.local import LocalBackend
+    from deltackpt.integrations.jax import restore
+
+    store, port, who = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(who))
+    every = NamedSharding(jax.make_mesh((4,), ("d",), devices=jax.devices()), P())
+    n, nan = jax.jit(lambda: (0, float("nan")), out_shardings=every)()
+    like = {"n": n, "nan": nan, "x": np.zeros(3)}
+
+    def tell(like):
+        try:
+            found = restore(store, like)
+            assert found["n"].sharding == found["nan"].sharding == every
+            print([(float(found[k]), found[k].weak_type) for k in ("n", "nan")], found["x"].tolist())
+        except DeltackptError as e:
+            print(type(e).__name__, e.message.partition("\\n")[0])
+
+    tell(like)
+    tell({**like, "x": np.zeros(3 + int(who))})
+    read = LocalBackend.read_into
+
+    def broken(self, name, *args):
+        if name.startswith("packs/"):
+            raise StorageError("out of luck")
+        return read(self, name, *args)
+
+    if who == "1":
+        LocalBackend.read_into = broken
+    tell(like)
+"""
+
+
+def test_what_fails_in_one_process_is_raised_in_all_and_none_waits_for_ever(tmp_path, environment):
+    save({"n": jnp.asarray(7), "nan": jnp.asarray(np.nan), "x": np.ones(3)}, tmp_path / "s", step=1)
+    first, second = both(ALONE_NEVER, tmp_path / "s", environment)
+    assert first[0] == second[0] == "[(7.0, True), (nan, False)] [1.0, 1.0, 1.0]"
+    assert second[1:] == ["InvalidInputError like: does not match the step", "StorageError out of luck"]
+    assert first[1:] == [line.replace("Error ", "Error process 1: ", 1) for line in second[1:]]
+
+
 # -- what may stand in a pytree
 
 
@@ -751,6 +800,21 @@ def test_an_array_that_is_gone_or_not_yet_there_is_refused_by_its_path(tmp_path)
         1,
         1,
     ]  # what was donated is still like itself
+
+
+def test_a_step_that_goes_while_it_is_restored_is_no_reason_to_begin_anew(monkeypatch):
+    store, gather = MemoryBackend(), integration.gather
+    save({"x": jnp.ones(3)}, store, step=1)
+
+    def too_late(picks):
+        save({"x": jnp.zeros(3)}, store, step=2)
+        open_run(store).forget([1])
+        gc.collect(store)
+        return gather(picks)
+
+    monkeypatch.setattr(integration, "gather", too_late)
+    with pytest.raises(ConflictError, match=r"'main' step 1: was forgotten .*restore again"):
+        restore(store, {"x": jnp.ones(3)})
 
 
 def test_a_step_that_jax_has_not_saved_is_restored_if_it_has_the_same_leaves():

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltackpt import arrays, delta, dtypes
-from deltackpt.errors import InvalidInputError
+from deltackpt.errors import ConflictError, InvalidInputError, NotFoundError
 from deltackpt.integrations import peers
 from deltackpt.loader import LazyArray, gather
 from deltackpt.report import SaveReport
@@ -133,7 +133,7 @@ def restore(
 
     Each device gets the part of an array that it is to have, and only the chunks are read that hold parts of
     devices of this process.  Of several processes (`jax.distributed`) all must call it: they restore the step
-    that the first has found.
+    that the first has found, and what fails in one is raised in all.
 
     Parameters
     ----------
@@ -152,6 +152,8 @@ def restore(
     InvalidInputError
         If a leaf is not in the step, or has another dtype or shape there; lists everything that is wrong.  If
         processes ask for different steps, or have different stores.
+    ConflictError
+        If the step was overwritten or forgotten while it was restored: restore again.
     DeltackptError
         As of `deltackpt.delta.load`.
 
@@ -165,11 +167,17 @@ def restore(
     {'w': Array([0., 1., 2., 3.], dtype=float32)}
     """
     if jax.process_count() > 1:
-        state = peers.found_by_all(store, run, step)
+        values = peers.use_found(store, run, step, lambda state: _read(state, like, strict))
     elif isinstance(store, Run):
-        state = store.load(step, lazy=True)
+        values = _read(store.load(step, lazy=True), like, strict)
     else:
-        state = delta.load(store, step=step, run=run, lazy=True)
+        values = _read(delta.load(store, step=step, run=run, lazy=True), like, strict)
+    leaves, treedef = jax.tree_util.tree_flatten(like)
+    return jax.tree_util.tree_unflatten(treedef, map(_spread, values, leaves))
+
+
+def _read(state: State, like: PyTree, strict: bool) -> list[Any]:
+    """Return what a step has for each leaf of a pytree; all in place but what `_spread` puts there."""
     wanted = _leaves(like)
     found = {path: _at(state, path) for path in wanted}
     problems = [
@@ -192,8 +200,10 @@ def restore(
         for index in _indices(leaf)
     ]
     parts = map(arrays.as_numpy, gather(picks))
-    values = [_restored(found[path], leaf, parts) for path, leaf in wanted.items()]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(like), values)
+    try:
+        return [_restored(found[path], leaf, parts) for path, leaf in wanted.items()]
+    except NotFoundError as e:  # who catches that begins anew, and there may be a later step
+        raise ConflictError(e.message, hint="restore again") from e
 
 
 # --- a pytree by its paths ---
@@ -447,9 +457,9 @@ def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> A
     sharding = _sharding_of(leaf)
     if _is_weak(leaf):
         value = next(parts)
-        made = _weak(value)
+        made = _weak(value, sharding)
         if made is not None:
-            return made if sharding is None else jax.device_put(made, sharding)
+            return made
         parts = repeat(value)
     made = jax.device_put(next(parts)) if sharding is None else _sharded(parts, shape, dtype, sharding)
     if made.dtype != dtype:
@@ -459,10 +469,19 @@ def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> A
     return jax.random.wrap_key_data(made, impl=_data_of(leaf)[0]) if _is_random_key(leaf) else made
 
 
-def _weak(value: np.ndarray[Any, Any]) -> jax.Array | None:
-    """Return a scalar as one that is weak; None if JAX makes no such of its dtype or bits."""
+def _weak(value: np.ndarray[Any, Any], sharding: jax.sharding.Sharding | None) -> jax.Array | None:
+    """Return a scalar as one that is weak, to be spread; None if JAX makes no such of its dtype or bits."""
+    if sharding is not None and not sharding.is_fully_addressable and value != value:
+        return None  # to JAX it would not be the same in all processes
     made = jnp.asarray(value.item())
     return made if made.dtype == value.dtype and np.asarray(made).tobytes() == value.tobytes() else None
+
+
+def _spread(value: Any, leaf: Any) -> Any:
+    """Put a weak scalar where a leaf is: of several processes all must be here, since JAX compares theirs."""
+    is_weak = isinstance(value, jax.Array) and _is_weak(value)
+    sharding = _sharding_of(leaf) if is_weak else None
+    return value if sharding is None else jax.device_put(value, sharding)
 
 
 def _sharded(

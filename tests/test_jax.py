@@ -655,6 +655,10 @@ def test_a_number_that_a_jitted_step_has_made_an_array_is_either():
         restore(store, {**array, "step": "0"}, step=2)
     with pytest.raises(InvalidInputError, match=r"\['x'\]: found float32 \(\), expected a int"):
         restore(store, {**array, "x": 1}, step=2)
+    # As NumPy's it would make the next product a float32.
+    save({"step": np.int64(3), "x": np.float32(0.5), "y": np.bool_(True)}, store, step=4)
+    found = restore(store, {"step": 0, "x": 0.0, "y": False}, step=4)
+    assert {key: type(value) for key, value in found.items()} == {"step": int, "x": float, "y": bool}
     save({"step": 2**70}, store, step=3)
     with pytest.raises(InvalidInputError, match=r"\['step'\]: found a int, expected int32 \(\)"):
         restore(store, {"step": array["step"]}, step=3)
@@ -770,11 +774,16 @@ def test_a_sharding_without_devices_is_refused():
         restore(store, jax.eval_shape(jnp.negative, x))
 
 
-def test_what_jax_would_cast_is_refused():
+def test_what_jax_would_cast_is_told_with_all_else_before_anything_is_read(monkeypatch):
     store = MemoryBackend()
-    save({"x": np.arange(3.0)}, store, step=1)
-    with pytest.raises(InvalidInputError, match=r"makes float32 of float64.*jax_enable_x64"):
-        restore(store, {"x": jax.ShapeDtypeStruct((3,), np.float64)})
+    save({"x": np.arange(3.0), "n": np.arange(3)}, store, step=1)
+    monkeypatch.setattr(integration, "_restored", None)
+    with pytest.raises(InvalidInputError) as caught:
+        restore(store, {k: jax.ShapeDtypeStruct((3,), dtype) for k, dtype in {"x": "f8", "n": "i8"}.items()})
+    assert caught.value.message.split("\n  ")[1:] == [
+        "pytree['n']: JAX makes int32 of int64 without jax_enable_x64",
+        "pytree['x']: JAX makes float32 of float64 without jax_enable_x64",
+    ]
 
 
 def test_an_array_that_is_gone_or_not_yet_there_is_refused_by_its_path(tmp_path):

@@ -386,6 +386,9 @@ def _misfit(found: Any, leaf: Any) -> str | None:
             sharding.shard_shape(shape)
     except ValueError as error:
         return f"cannot be cut so: {error}"
+    is_jax = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    if is_jax and (made := jax.dtypes.canonicalize_dtype(dtype)) != dtype:
+        return f"JAX makes {made} of {dtype} without jax_enable_x64"
     wanted = f"{dtypes.name_of(dtype)} {shape}"
     if isinstance(found, LazyArray):
         there = f"{found.dtype} {found.shape}"
@@ -447,7 +450,10 @@ def _is_weak(leaf: Any) -> bool:
 def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> Any:
     """Return what a step has as a leaf like another; next among the parts are those of `_indices`."""
     if not _is_array(leaf):
-        return type(leaf)(next(parts).item()) if isinstance(found, LazyArray) else found
+        if isinstance(found, LazyArray):
+            return type(leaf)(next(parts).item())
+        is_number = isinstance(found, np.generic) and _is_of(found.dtype, type(leaf))
+        return type(leaf)(found.item()) if is_number else found
     shape, dtype = _shape_of(leaf)
     if not isinstance(found, LazyArray):
         parts = repeat(np.asarray(found, dtype))
@@ -462,10 +468,6 @@ def _restored(found: Any, leaf: Any, parts: Iterator[np.ndarray[Any, Any]]) -> A
             return made
         parts = repeat(value)
     made = jax.device_put(next(parts)) if sharding is None else _sharded(parts, shape, dtype, sharding)
-    if made.dtype != dtype:
-        raise InvalidInputError(
-            f"like: JAX makes {made.dtype} of {dtype}", hint="jax.config.update('jax_enable_x64', True)"
-        )
     return jax.random.wrap_key_data(made, impl=_data_of(leaf)[0]) if _is_random_key(leaf) else made
 
 

@@ -27,7 +27,7 @@ def chunks(draw: st.DrawFn, size_max: int = 40_000) -> U8:
     """Noise, constants, runs and few values, of any size."""
     n = draw(st.integers(0, size_max) | st.integers(0, 40))
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
-    kind = draw(st.sampled_from(["noise", "zeros", "constant", "few", "floats", "runs"]))
+    kind = draw(st.sampled_from(["noise", "zeros", "constant", "few", "floats", "runs", "rows"]))
     if kind == "noise":
         return rng.integers(0, 256, n, np.uint8)
     if kind == "zeros":
@@ -36,8 +36,11 @@ def chunks(draw: st.DrawFn, size_max: int = 40_000) -> U8:
         return np.frombuffer((rng.bytes(draw(st.sampled_from([1, 2, 3, 4, 8]))) * n)[:n], np.uint8)
     if kind == "few":
         return rng.integers(0, 3, n, np.uint8)
-    if kind == "floats":
-        return rng.standard_normal(n // 4 + 1).astype(np.float32).view(np.uint8)[:n]
+    if kind in ("floats", "rows"):
+        floats = rng.standard_normal((n // 64 + 1, 16)).astype(np.float32)
+        if kind == "rows":
+            floats[rng.random(len(floats)) < rng.random()] = 0
+        return floats.reshape(-1).view(np.uint8)[:n]
     return np.repeat(rng.integers(0, 256, n // 50 + 1, np.uint8), 50)[:n]
 
 
@@ -118,6 +121,8 @@ N = 1 << 18
 rng = np.random.default_rng(0)
 WEIGHTS = (rng.standard_normal(N) * 0.02).astype(np.float32)
 SPARSE = rng.random(N) < 0.01
+ROWS = np.where(rng.random((N // 64, 1)) < 0.5, WEIGHTS.reshape(-1, 64), 0).astype(np.float32)
+WORDS = [bytes(rng.integers(97, 123, n, np.uint8)) for n in rng.integers(3, 12, 300)]
 CASES = {
     # name: array, codec that should win, payload / raw at most
     "zeros": (np.zeros(N, np.float32), "planes", 0.0001),
@@ -128,11 +133,18 @@ CASES = {
     "float64": (WEIGHTS.astype(np.float64) + rng.standard_normal(N) * 1e-9, "planes", 0.90),
     "bfloat16 weights": ((WEIGHTS.view(np.uint32) >> 16).astype(np.uint16), "planes", 0.67),
     "sparse moments": (np.where(SPARSE, WEIGHTS, 0).astype(np.float32), "planes", 0.04),
+    "moments with rows of zeros": (ROWS, "planes", 0.46),
+    "bfloat16 moments with rows of zeros": ((ROWS.view(np.uint32) >> 16).astype(np.uint16), "planes", 0.35),
     "token counts": (rng.integers(0, 50_000, N // 8), "planes", 0.26),
-    "token ids in runs": (np.repeat(rng.integers(0, 50_000, N // 400), 100).astype(np.int32), "lz4", 0.03),
-    "text": (np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 2000, np.uint8), "lz4", 0.02),
+    "token ids in runs": (np.repeat(rng.integers(0, 50_000, N // 40), 10).astype(np.int32), "lz4", 0.15),
+    "token ids in long runs": (
+        np.repeat(rng.integers(0, 50_000, N // 400), 100).astype(np.int32),
+        "planes",
+        0.01,
+    ),
+    "text": (np.frombuffer(b" ".join(WORDS[i] for i in rng.integers(0, 300, N // 4)), np.uint8), "lz4", 0.4),
 }
-FLOATS = {"bfloat16 weights"}
+FLOATS = {"bfloat16 weights", "bfloat16 moments with rows of zeros"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,11 +152,44 @@ def test_the_codec_that_pays_is_chosen(name: str):
     array, winner, share = CASES[name]
     is_float = array.dtype.kind == "f" or name in FLOATS
     kind = Kind(array.itemsize, is_float)
-    data = np.ascontiguousarray(array).view(np.uint8)[:N]
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)[:N]
     codec, payload = codecs.encode(data, kind)
     assert NAMES[codec] == winner
     assert len(payload) <= share * data.size
     assert decode(codec, payload, kind.itemsize, data.size) == data.tobytes()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+@pytest.mark.parametrize("width", [16, 64, 512])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_rows_of_zeros_cost_no_more_than_the_smallest_codec(itemsize: int, width: int, share: float):
+    """Entropies know nothing of runs, and a sample of 16 KiB little of rows: both are tried."""
+    rng = np.random.default_rng(0)
+    moments = (rng.standard_normal((N // 4 // width, width)) * 1e-3).astype("<f8" if itemsize == 8 else "<f4")
+    moments[rng.random(len(moments)) < share] = 0
+    data = np.ascontiguousarray(moments).reshape(-1).view(np.uint8)
+    if itemsize == 2:
+        data = data.reshape(-1, 4)[:, 2:].reshape(-1)  # as bfloat16
+    kind = Kind(itemsize, True)
+    encoded = codecs.encode(data, kind)
+    assert len(encoded.payload) <= min(payload_of(codec, data, kind).size for codec in ALL)
+    again = codecs.encode(data, kind)
+    assert (again.codec, bytes(again.payload)) == (encoded.codec, bytes(encoded.payload))
+
+
+def test_what_changes_while_it_is_encoded_is_no_fault_of_lz4s(monkeypatch, caplog):
+    data = np.frombuffer(b"abcdefgh" * 1000, np.uint8).copy()
+    before, compress = data.tobytes(), lz4.block.compress
+
+    def slow(*args, **options):
+        block = compress(*args, **options)
+        data[:] = 0
+        return block
+
+    monkeypatch.setattr(lz4.block, "compress", slow)
+    block = lz4_codec.encode(data)
+    assert decode(lz4_codec.NUMBER, block, 1, data.size) == before
+    assert not caplog.records
 
 
 def test_the_sign_beside_the_mantissa_makes_floats_smaller():

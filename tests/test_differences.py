@@ -358,6 +358,20 @@ def test_a_part_that_is_constant_is_not_held_to_the_mode_of_its_tensor():
     assert len(payload) < 100
 
 
+def test_a_part_that_became_constant_is_not_stored_as_the_few_that_changed():
+    """Moments of an embedding that are reset: two fifths of the rows differ, and the chunk is all zeros."""
+    rng = np.random.default_rng(0)
+    old = rng.standard_normal((1024, 64)).astype(np.float32)
+    old[rng.random(1024) < 0.6] = 0
+    base, zeros = old.reshape(-1).view(np.uint8), np.zeros(old.nbytes, np.uint8)
+    chunk = Chunk(zeros, Kind(4, True), np.empty(codecs.room(zeros.size), np.uint8), Base(base), Mode(SUB))
+    codec, payload = codecs.encode_all([chunk])[0]
+    assert len(payload) < 100
+    out = np.empty_like(zeros)
+    codecs.decode(codec, np.frombuffer(payload, np.uint8), 4, out, "here", base if codec in DELTAS else None)
+    assert not out.any()
+
+
 def test_a_decaying_moment_is_foreseen():
     rng = np.random.default_rng(0)
     old = (rng.standard_normal(65536) ** 2).astype(np.float32)

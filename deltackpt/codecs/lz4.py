@@ -18,8 +18,8 @@ NAME = "lz4"
 
 def encode(data: U8) -> bytes:
     """Return an lz4 block without the size in front, decoded again before anybody relies on it."""
-    block: bytes = lz4.block.compress(data, store_size=False)
-    whole = data.tobytes()
+    whole = data.tobytes()  # first: whoever changes the data meanwhile is no fault of lz4's
+    block: bytes = lz4.block.compress(whole, store_size=False)
     try:
         if lz4.block.decompress(block, uncompressed_size=data.size) == whole:
             return block

@@ -138,15 +138,19 @@ def expected_size(split: Split) -> float:
     return sum(sizes) / 8 + len(split.head) + split.tail.size
 
 
-def stored_size(split: Split) -> int:
-    """Return how large the payload will be; no frame is decoded again, since nobody relies on it."""
-    coded = _to_code(split)
-    raw = (p.size for k, p in enumerate(split.planes) if is_noise(split.bits[k], p.size))
-    size = len(split.head) + len(split.planes) * _PLANE.size + sum(raw) + split.tail.size
-    if coded:
-        frames: Any = _local.compressor.multi_compress_to_buffer([plane.data for plane in coded.values()])
-        size += sum(min(len(f), p.size) for f, p in zip(frames, coded.values(), strict=True))
-    return size
+def stored_sizes(splits: Sequence[Split]) -> list[int]:
+    """Return how large the payloads will be; no frame is decoded again, since nobody relies on it."""
+    coded = [_to_code(split) for split in splits]
+    planes = [plane for of in coded for plane in of.values()]
+    frames: Any = iter(_local.compressor.multi_compress_to_buffer([p.data for p in planes]) if planes else ())
+    return [
+        len(split.head)
+        + len(split.planes) * _PLANE.size
+        + sum(p.size for k, p in enumerate(split.planes) if is_noise(split.bits[k], p.size))
+        + sum(min(len(next(frames)), p.size) for p in of.values())
+        + split.tail.size
+        for split, of in zip(splits, coded, strict=True)
+    ]
 
 
 def encode_all(splits: Sequence[Split]) -> list[U8]:

@@ -482,7 +482,7 @@ class _Gc:
         if not self._backend.exists(f"gc/sweep-{cycle}"):
             seen = self._look()
             kept = seen.needed_from(condemned)
-            kept |= self._doubtful(seen, condemned - kept)
+            kept |= self._doubtful(seen, condemned - kept, condemned)
             self._store.refs.settle()
             record = GcRecord("sweep", cycle, condemned - kept, seen.n_refs, len(seen.packs))
             self._backend.create_once(record.key, record.to_bytes())  # else adopt what is there
@@ -490,12 +490,14 @@ class _Gc:
         for name in sorted(self._store.gc_record(f"gc/sweep-{cycle}").packs):
             self._delete(name.key)
 
-    def _doubtful(self, seen: Liveness, dead: frozenset[PackName]) -> frozenset[PackName]:
+    def _doubtful(
+        self, seen: Liveness, dead: frozenset[PackName], condemned: frozenset[PackName]
+    ) -> frozenset[PackName]:
         """Return the packs to keep because they may have the only good copy of a chunk.
 
         Of two copies one is about to go, and nobody has looked whether the other one is damaged.
         """
-        rows, holders = seen.relied_on(dead)
+        rows, holders = seen.relied_on(dead, condemned)
         for name, row in rows:
             try:
                 self._record(name, row)

@@ -302,10 +302,13 @@ class Liveness:
         return self._in_order(at[self._is_in(victims)[at]])
 
     def relied_on(
-        self, condemned: frozenset[PackName]
+        self, dead: frozenset[PackName], condemned: frozenset[PackName]
     ) -> tuple[list[tuple[PackName, np.void]], frozenset[PackName]]:
-        """Return the rows in use of chunks that these packs have too, and those of them that do."""
-        at, is_in = self._in_use(frozenset(), condemned), self._is_in(condemned)
+        """Return the rows in use of chunks that dead packs have too, and those of them that do.
+
+        In use as `needed_from` has it, which said which of the condemned packs are dead.
+        """
+        at, is_in = self._in_use(frozenset(), condemned), self._is_in(dead)
         is_copied, is_needed = (np.zeros(self._n_chunks, np.bool_) for _ in range(2))
         is_copied[self._chunk[is_in]] = True
         is_needed[self._chunk[at]] = True

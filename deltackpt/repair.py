@@ -100,7 +100,8 @@ class RepairPlan:
     rewrite : list of Salvage
         Packs whose good records go into a new one.
     keep : list of bytes
-        Chunks that are stored again before a gc deletes the only good copy.
+        Chunks that are stored again, whole, before a gc deletes the only good copy, or because a delta of
+        them can use no other.
     fetch : list of bytes
         Chunks that the other store has.
     aside : list of str
@@ -158,13 +159,18 @@ def plan(found: Survey) -> RepairPlan:
     for salvage in p.rewrite:
         act("rewrite", salvage.name.key, f"{len(salvage.rows)} good records, {len(salvage.bad)} bad ones")
     p.aside += [salvage.name.key for salvage in p.rewrite]
-    p.keep = sorted(found.doomed)
+    p.keep = sorted(found.doomed | found.bases)
     for chunk_id in p.keep:
-        act("rewrite", chunk_id.hex(), "its only good copy is in a pack that gc is about to delete")
+        why = (
+            "is set aside or too deep"
+            if chunk_id in found.bases
+            else "is in a pack that gc is about to delete"
+        )
+        act("rewrite", chunk_id.hex(), f"its only good copy {why}")
     p.fetch = sorted(found.offered)
     for chunk_id in p.fetch:
         act("fetch", chunk_id.hex(), "the other store has it")
-    p.quarantine = sorted(found.bad - found.offered - found.quarantine.ids)
+    p.quarantine = sorted(found.bad - found.bases - found.offered - found.quarantine.ids)
     for chunk_id in p.quarantine:
         act("quarantine", chunk_id.hex(), "no good copy is left; the next save that has it stores it again")
     p.release = sorted(found.whole)
@@ -419,17 +425,18 @@ class _Repair:
         """Copy what is good in bad packs, and fetch what is lost, as an ordinary session."""
         session = Session.for_gc(self._store)
         with session.losing(), session:
+            # First, since a session stores a chunk once, and what is copied may be a delta without a base.
+            for chunk_id in self._plan.keep:
+                self._fetch(session, chunk_id, self._store)
+            for chunk_id in self._plan.fetch:
+                assert self._other is not None
+                self._fetch(session, chunk_id, self._other)
             for salvage in self._plan.rewrite:
                 try:
                     for row in salvage.rows:
                         self._copy(session, salvage.name, row)
                 except NotFoundError:
                     continue  # deleted by a gc meanwhile
-            for chunk_id in self._plan.keep:
-                self._fetch(session, chunk_id, self._store)
-            for chunk_id in self._plan.fetch:
-                assert self._other is not None
-                self._fetch(session, chunk_id, self._other)
             session.publish(None)
             # Durable before the bad packs are set aside: no save builds on a pack that no index names.
             self._backend.barrier("index")

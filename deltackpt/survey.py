@@ -6,7 +6,7 @@ Never  changes anything, or decides what is to be done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -87,8 +87,11 @@ class Survey:
         Chunks of bad records, needed or not, that are nowhere else.
     doomed : set of bytes
         Those whose only good copies are in packs that a gc is about to delete.
+    bases : set of bytes
+        What lost deltas can be decoded with, and is good here, though only in packs set aside or in too many
+        deltas.
     offered : set of bytes
-        Those that are lost and that the other store has.
+        Those that are lost and that the other store has; or, where it has not, what they are deltas of.
     whole : set of bytes
         Chunks in quarantine that can be decoded.
     bad_index : list of str
@@ -111,6 +114,7 @@ class Survey:
     lost: set[bytes] = field(default_factory=set)
     bad: set[bytes] = field(default_factory=set)
     doomed: set[bytes] = field(default_factory=set)
+    bases: set[bytes] = field(default_factory=set)
     offered: set[bytes] = field(default_factory=set)
     whole: set[bytes] = field(default_factory=set)
     bad_index: list[str] = field(default_factory=list)
@@ -265,14 +269,17 @@ class _Surveyor:
         return Salvage(name, good, frozenset(ids - {chunk_id.tobytes() for chunk_id in good["id"]}))
 
     def _again(self, index: Index) -> list[Salvage]:
-        """Return what packs that were set aside before have of what is lost now."""
-        found, again = self._found, []
-        for name in sorted(found.quarantine.packs & found.packs):
-            good = self._good(name, readable(self._backend, name.key))
-            good = good[[chunk_id.tobytes() in found.lost for chunk_id in good["id"]]]
-            if len(good):
-                again.append(Salvage(name, good, frozenset()))
-        return again
+        """Return what packs that were set aside before have of what is lost now, and of its bases."""
+        found, after = self._found, self._after(index)
+        names = sorted(found.quarantine.packs & found.packs)
+        goods = [self._good(name, readable(self._backend, name.key)) for name in names]
+        after.add(Segment.build((name, 0, good) for name, good in zip(names, goods, strict=True)))
+        lost = sorted(found.lost)
+        # Or a delta whose base is nowhere would be copied by every repair.
+        wanted = {i for i, copy in zip(lost, self._look_up(after, lost), strict=True) if copy is not None}
+        wanted |= self._bases(after, wanted)
+        goods = [good[[i.tobytes() in wanted for i in good["id"]]] for good in goods]
+        return [Salvage(n, good, frozenset()) for n, good in zip(names, goods, strict=True) if len(good)]
 
     def _good(self, name: PackName, data: bytes) -> Rows:
         """Return a row of each record in a pack that is right."""
@@ -335,18 +342,14 @@ class _Surveyor:
     def _chunks(self, index: Index) -> None:
         """Find out which chunks that steps need would be lost once all is salvaged."""
         found = self._found
-        gone = {salvage.name for salvage in found.salvages} | found.quarantine.packs
-        gone |= set(index.packs) - found.packs
+        after, gone = self._after(index), self._gone(index)
         swept = {name for (kind, _), r in found.cycles.items() if kind == "sweep" and r for name in r.packs}
-        after = Index()
-        after.add(Segment.merge(index.segments, without=gone))
-        after.add(Segment.build((salvage.name, 0, salvage.rows) for salvage in found.salvages))
         needed = sorted(self._needed())
         copies = self._look_up(after, needed)
         found.lost = {i for i, copy in zip(needed, copies, strict=True) if copy is None}
         kept = self._look_up(after, needed, without=swept)
         doomed = {i for i, copy in zip(needed, kept, strict=True) if copy is None} - found.lost
-        found.doomed = {i for i in doomed if read(self._store, i) is not None}
+        found.doomed = {i for i in doomed if self._is_here(i)}
         bad = sorted({i for salvage in found.salvages for i in salvage.bad})
         found.bad = {i for i, copy in zip(bad, self._look_up(after, bad), strict=True) if copy is None}
         unlisted = index.unlisted - gone
@@ -354,11 +357,47 @@ class _Surveyor:
             listed = self._look_up(after, needed, without=unlisted)
             used = {n for a, b in zip(copies, listed, strict=True) if a and not b for n in a.packs}
             found.unlisted = sorted(unlisted & used)
-        if self._other is not None:
-            found.offered = {i for i in found.lost if read(self._other, i) is not None}
+        found.offered = {i for i in found.lost if self._is_offered(i)}
+        bases = self._bases(
+            after, found.lost - found.offered, lambda i: self._is_here(i) or self._is_offered(i)
+        )
+        found.bases = {i for i in bases if self._is_here(i)}
+        found.offered |= {i for i in bases - found.bases if self._is_offered(i)}
         quarantined = sorted(found.quarantine.ids)
         copies = self._look_up(after, quarantined)
         found.whole = {i for i, copy in zip(quarantined, copies, strict=True) if copy is not None}
+
+    def _gone(self, index: Index) -> set[PackName]:
+        """Return the packs that are not there, or not as they are, once all is salvaged."""
+        found = self._found
+        salvaged = {salvage.name for salvage in found.salvages}
+        return salvaged | found.quarantine.packs | set(index.packs) - found.packs
+
+    def _after(self, index: Index) -> Index:
+        """Return what is where once all is salvaged."""
+        after = Index()
+        after.add(Segment.merge(index.segments, without=self._gone(index)))
+        after.add(Segment.build((salvage.name, 0, salvage.rows) for salvage in self._found.salvages))
+        return after
+
+    def _is_here(self, chunk_id: bytes) -> bool:
+        return read(self._store, chunk_id) is not None
+
+    def _is_offered(self, chunk_id: bytes) -> bool:
+        return self._other is not None and read(self._other, chunk_id) is not None
+
+    def _bases(
+        self, index: Index, chunk_ids: set[bytes], is_enough: Callable[[bytes], bool] = lambda _: False
+    ) -> set[bytes]:
+        """Return what chunks are deltas of, directly or not, each walk as far as the first that is enough."""
+        found: set[bytes] = set()
+        todo = chunk_ids
+        while todo:
+            rows = [row for chunk_id in todo for row in index.copies(chunk_id) if row["depth"]]
+            todo = {row["base"].tobytes() for row in rows} - found - chunk_ids
+            found |= todo
+            todo = {i for i in todo if not is_enough(i)}
+        return found
 
     def _look_up(
         self, index: Index, ids: list[bytes], without: frozenset[PackName] | set[PackName] = frozenset()

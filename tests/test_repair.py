@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from blake3 import blake3
-from deltas import nearly, taken
+from deltas import nearly, rows_of, taken
 from faults import CrashBackend, Cut, contents, memory_of
 from steps import assert_steps, collect, floats, noise, opened, repeats, same, visible
 
@@ -816,3 +816,97 @@ def test_what_was_set_aside_is_looked_at_again_if_its_copy_is_lost(tmp_path):
     assert len(again.damage) == len(found.damage)
     assert packs_of(tmp_path) - before
     assert repair(tmp_path).actions == []
+
+
+# -- deltas
+
+
+@pytest.fixture
+def step_of_a_delta(monkeypatch):
+    """A store of one step, a delta of what no step has; an older copy that has only that; the step."""
+    taken(monkeypatch)
+    backend, weights = MemoryBackend(), floats(1, 700)
+    opened(backend).save({"w": weights}, step=1)
+    older = contents(backend)
+    opened(backend).save({"w": nearly(weights, 1)}, step=2)
+    opened(backend).forget([1])
+    monkeypatch.undo()
+    return backend, older, {2: {"w": nearly(weights, 1)}}
+
+
+def with_depths(backend, *depths):
+    [key] = [n for n in contents(backend) if n.startswith("packs/") and _depths(backend, n) == {*depths}]
+    return key
+
+
+def test_a_copy_from_before_gives_back_the_base_of_a_later_delta(step_of_a_delta):
+    backend, older, states = step_of_a_delta
+    key = with_depths(backend, 0)
+    for data in (flipped(backend.read(key), 200), None):
+        objects = {n: old for n, old in contents(backend).items() if n != key}
+        bad = memory_of(objects | ({key: data} if data else {}))
+        result = repair(bad, source=memory_of(older))
+        assert result.clean
+        assert "fetch" in verbs(result)
+        assert "quarantine" not in verbs(result)
+        assert_steps(visible(bad), states)
+        check_settled(bad)
+
+
+def test_a_delta_comes_back_though_it_is_good_and_lies_beside_its_bad_base():
+    """Kept as it is it is of no use: it is stored whole."""
+    backend, master = MemoryBackend(), floats(1, 3000)
+    half = {"half": master.astype(np.float16)}
+    opened(backend).save({"master": master, **half}, step=1)
+    opened(backend).save(half, step=2)
+    opened(backend).forget([1])
+    key = with_depths(backend, 0, 1)
+    [base] = [row for row in rows_of(open_store(backend)) if row["raw_size"] == master.nbytes]
+    data, at = backend.read(key), int(base["offset"]) + 1000
+    bad = memory_of(contents(backend) | {key: data[:at] + bytes(8000) + data[at + 8000 :]})
+    assert not readable(bad)
+    alone = memory_of(contents(bad))
+    assert not repair(alone).clean
+    check_settled(alone)
+    assert repair(bad, source=backend).clean
+    assert_steps(visible(bad), {2: half})
+    check_settled(bad)
+
+
+def test_a_base_that_was_set_aside_is_looked_at_again_if_its_copy_is_lost(step_of_a_delta):
+    backend, _, states = step_of_a_delta
+    key = with_depths(backend, 0)
+    bad = memory_of(contents(backend) | {key: flipped(backend.read(key), len(backend.read(key)) - 10)})
+    before = set(bad.names("packs/"))
+    assert repair(bad).clean
+    [copy] = set(bad.names("packs/")) - before
+    for data in (flipped(bad.read(copy), 200), None):
+        objects = {n: old for n, old in contents(bad).items() if n != copy}
+        again = memory_of(objects | ({copy: data} if data else {}))
+        result = repair(again)
+        assert result.clean
+        assert "quarantine" not in verbs(result)
+        assert_steps(visible(again), states)
+        check_settled(again)
+        collect(again)
+        assert_steps(visible(again), states)
+
+
+def test_a_sweep_looks_at_the_copy_that_it_spares():
+    """Both copies were condemned, and a save that began before relies on them: the bad one may go."""
+    whole, backend = {"w": noise(1, 60_000)}, MemoryBackend()
+    keys = saved_twice(backend, whole)
+    with Session(open_store(backend), "late", 1) as writer:
+        found = snapshot.save(writer, whole, lambda _: Memory(), Shadow(0)).manifest.to_bytes()
+        for run in ("main", "other"):
+            opened(backend, run).forget([1])
+        assert gc.collect(backend, patience_s=1000).n_dead == 2
+        writer.publish(found)
+        writer.commit(found, parent=None, metrics={}, metadata={}, figures=Figures())
+    assert writer.n_new_chunks == 0
+    for key in keys:
+        spoilt = memory_of(contents(backend) | {key: flipped(backend.read(key), 3000)})
+        collect(spoilt)
+        assert_steps(visible(spoilt, "late"), {1: whole})
+    collect(backend)
+    assert len(backend.names("packs/")) == 1

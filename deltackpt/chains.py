@@ -101,6 +101,11 @@ class Chains:
     copies : callable
         Returns all rows of one chunk in packs that may be used, of least depth first.
     depth_max : int
+
+    Attributes
+    ----------
+    dead : set of bytes
+        Of the chunks looked up, those of which there are deltas, and none that has all its bases.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class Chains:
         self._find = find
         self._copies = copies
         self._depth_max = depth_max
+        self.dead: set[bytes] = set()
 
     def look_up(self, ids: U8) -> list[Copy | None]:
         """Return a copy of each chunk, with all its bases; None where there is none."""
@@ -134,6 +140,7 @@ class Chains:
             bases = self._of_bases(bases_of(rows[deltas], self._find, self._depth_max))
             for i in deltas.tolist():
                 copies[i] = self._of_row(ids[i].tobytes(), rows[i], bases)
+            self.dead.update(ids[i].tobytes() for i in deltas.tolist() if copies[i] is None)
         return copies
 
     def _of_bases(self, bases: Bases) -> dict[bytes, Copy | None]:

@@ -30,8 +30,8 @@ import numpy.typing as npt
 import xxhash
 from blake3 import blake3
 
-from deltackpt import chains, codecs, process
-from deltackpt.chains import Chains, Copy
+from deltackpt import codecs, process
+from deltackpt.chains import Chains, Copy, as_ids
 from deltackpt.codecs import Base, Chunk, Encoded, Kind
 from deltackpt.efforts import Optimize
 from deltackpt.errors import (
@@ -187,6 +187,9 @@ class Session:
         self._lost: set[PackName] = set()
         #: Depth of each chunk put, at most; exactly, once its record is in a pack.
         self._new: dict[bytes, int] = {}
+        #: Chunks of which there are deltas, and none that can be relied on.
+        self._dead: set[bytes] = set()
+        self._has_condemned = False  # packs that are there still
         self._batch: list[_Put] = []
         self._batch_size = 0
         self._encoding: deque[_Encoding] = deque()
@@ -244,7 +247,15 @@ class Session:
         """
         if self._index is None:
             self._index = self.store.refresh()
-        return Chains(self._index.packs, self._find, self._copies, self.store.depth_max).look_up(ids)
+            self._has_condemned = any(name in self._index for name in self._condemned)
+        chains = Chains(self._index.packs, self._find, self._copies, self.store.depth_max)
+        copies = chains.look_up(ids)
+        self._dead |= chains.dead
+        missing = ids[[copy is None for copy in copies]]
+        if len(missing) and self._has_condemned:  # gc may spare the pack, and not the base
+            _, rows = self._index.find(missing)
+            self._dead.update(map(bytes, missing[rows["depth"] > 0]))
+        return copies
 
     def _find(self, ids: U8) -> tuple[npt.NDArray[np.bool_], Rows]:
         """Look ids up in the packs that a new save may use; zeros where not found."""
@@ -301,7 +312,8 @@ class Session:
         base : Parent, optional
             Store the difference to this chunk, if that is smaller.  If it cannot be read, or would make a
             chain deeper than the store allows, the chunk is stored whole: an old chunk that is damaged must
-            not keep a new step from being saved.
+            not keep a new step from being saved.  So it is if there is a delta of it that cannot be used: a
+            reader would try that one first, unless it is deeper.
         mode : codecs.Mode, optional
             How the difference is taken; by default whoever encodes tries what fits.
         fingerprint : bytes, optional
@@ -311,6 +323,8 @@ class Session:
         if chunk_id in self._new:
             self.pace.pass_by(data.size)
             return
+        if chunk_id in self._dead:
+            base = None
         depth, is_ours = 0, base is not None and base.id in self._new
         if base is not None and not is_ours and not base.packs:
             base = self._relied_on(base)
@@ -331,7 +345,7 @@ class Session:
 
     def _relied_on(self, base: Parent) -> Parent | None:
         """Return a parent as it is in the store; None if it cannot be relied on."""
-        [copy] = self.look_up(chains.as_ids([base.id]))
+        [copy] = self.look_up(as_ids([base.id]))
         return base._replace(depth=copy.depth, packs=copy.packs) if copy is not None else None
 
     def is_short_of_time(self, itemsize: int) -> bool:
@@ -687,7 +701,7 @@ def _read_bases(store: Store, bases: list[Parent]) -> dict[bytes, U8]:
     read: dict[bytes, U8] = {}
     at = 0
     try:
-        rows = store.find(chains.as_ids(sizes)) if sizes else np.zeros(0, ROW)
+        rows = store.find(as_ids(sizes)) if sizes else np.zeros(0, ROW)
         below = store.bases(rows)
     except DeltackptError as e:
         log.warning("%s; what was to be a delta is stored whole", e.message)

@@ -18,7 +18,7 @@ from deltackpt import codecs, pack
 from deltackpt.backends import Backend
 from deltackpt.chains import Bases, Chains, as_ids, bases_of
 from deltackpt.errors import CorruptError, DeltackptError, FormatError, InvalidInputError, NotFoundError
-from deltackpt.format import INDEX_HEADER, PACK_HEADER, RECORD_HEADER, unseal
+from deltackpt.format import INDEX_HEADER, PACK_HEADER, RECORD_HEADER, ROW, unseal
 from deltackpt.index import Index, Rows, Segment
 from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName, Record
@@ -371,8 +371,11 @@ class _Verifier:
         if not wanted:
             return
         ids = as_ids(wanted)
-        found, rows = self._find(ids)
-        bases = bases_of(rows, self._find, self._store.depth_max)
+        found, rows = self._least(ids)
+        bases = bases_of(rows, self._least, self._store.depth_max)
+        if _is_broken(rows, bases):  # perhaps by a delta that has lost its base, beside a good copy
+            found, rows = self._find(ids)
+            bases = bases_of(rows, self._find, self._store.depth_max)
         places = [(i, row if there else None) for i, there, row in zip(wanted, found, rows, strict=True)]
         places += [(i, row) for i, row in bases.items() if i not in set(wanted)]
         bad: list[tuple[str, str, str, bytes]] = []
@@ -387,10 +390,13 @@ class _Verifier:
                 message = f"{name.key}: pack ends before chunk {chunk_id.hex()[:16]}"
                 bad.append(("pack", name.key, message, chunk_id))
         missing = {chunk_id for _, _, _, chunk_id in bad}
+        too_deep = {}
         for chunk_id, row, copy in zip(wanted, rows, self._chains().look_up(ids), strict=True):
             if copy is None and not missing.intersection(self._chain(chunk_id, row, bases)):
-                message = f"needs {row['base'].tobytes().hex()[:16]}, of less depth than {row['depth']}"
-                bad.append(("chunk", chunk_id.hex(), message, chunk_id))
+                at, link = _unusable(chunk_id, row, bases)
+                base = link["base"].tobytes()
+                too_deep[at] = f"needs {base.hex()[:16]}, of less depth than {link['depth']}"
+        bad += [("chunk", chunk_id.hex(), message, chunk_id) for chunk_id, message in too_deep.items()]
         hits = self._hits({chunk_id for *_, chunk_id in bad}) if bad else {}
         for kind, key, message, chunk_id in bad:
             self._add(kind, key, message, hits[chunk_id])
@@ -404,6 +410,25 @@ class _Verifier:
         return ids
 
     def _find(self, ids: U8) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Rows]:
+        """Return where each chunk is: the copy of least depth, of those that can be decoded if any can."""
+        found, rows = self._least(ids)
+        deltas = np.flatnonzero(rows["depth"])
+        for i, is_usable in zip(deltas.tolist(), self._usable(rows[deltas]), strict=True):
+            if not is_usable:
+                others = np.array(self._copies(ids[i].tobytes()), ROW)
+                rows[i] = next((row for row in others[self._usable(others)]), rows[i])
+        return found, rows
+
+    def _usable(self, rows: Rows) -> list[bool]:
+        """Return which rows can be decoded: whole ones, and those whose base can be in less depth."""
+        bases = self._chains().look_up(np.ascontiguousarray(rows["base"]))
+        depths = rows["depth"].tolist()
+        return [
+            not depth or (base is not None and base.depth < depth)
+            for depth, base in zip(depths, bases, strict=True)
+        ]
+
+    def _least(self, ids: U8) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Rows]:
         return self._index.find(ids, self._lost)
 
     def _copies(self, chunk_id: bytes) -> list[np.void]:
@@ -411,7 +436,7 @@ class _Verifier:
         return [row for row in self._index.copies(chunk_id) if packs[int(row["pack"])] not in self._lost]
 
     def _chains(self) -> Chains:
-        return Chains(self._index.packs, self._find, self._copies, self._store.depth_max)
+        return Chains(self._index.packs, self._least, self._copies, self._store.depth_max)
 
     # -- stored bytes
 
@@ -454,7 +479,7 @@ class _Verifier:
 
         Of a delta that no step needs the base may be gone: where one needs it, `_places` has told.
         """
-        bases = bases_of(rows, self._find, self._store.depth_max)
+        bases = bases_of(rows, self._least, self._store.depth_max)
         ids = list(bases)
         for chunk_id, copy in zip(ids, self._chains().look_up(as_ids(ids)), strict=True):
             if copy is None:
@@ -487,6 +512,30 @@ class _Verifier:
         codecs.decode(record.codec, payload, record.itemsize, out, where, base)
         if blake3(out).digest() != record.id:
             raise CorruptError(f"{where}: decoded bytes do not give chunk id {record.id.hex()[:16]}")
+
+
+def _is_broken(rows: Rows, bases: Bases) -> bool:
+    """Return whether some chain has a base that is nowhere, or no less deep than its delta."""
+    for row in (*rows[rows["depth"] > 0], *bases.values()):
+        if row is None:
+            return True
+        if row["depth"]:
+            base = bases.get(row["base"].tobytes())
+            if base is None or base["depth"] >= row["depth"]:
+                return True
+    return False
+
+
+def _unusable(chunk_id: bytes, row: np.void, bases: Bases) -> tuple[bytes, np.void]:
+    """Return the link of a chain whose base is as deep as itself; if there is none, the first one."""
+    at, link = chunk_id, row
+    while link["depth"]:
+        base = bases[link["base"].tobytes()]
+        assert base is not None  # or that one would be told as missing
+        if base["depth"] >= link["depth"]:
+            return at, link
+        at, link = link["base"].tobytes(), base
+    return chunk_id, row
 
 
 def _gaps(slots: AbstractSet[Slot], tombstones: AbstractSet[Slot]) -> dict[Slot, str]:

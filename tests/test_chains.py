@@ -24,6 +24,7 @@ from deltackpt.manifest import TensorRow
 from deltackpt.pack import PackName
 from deltackpt.rebase import Link, Rebase
 from deltackpt.records import Figures, GcRecord
+from deltackpt.repair import repair
 from deltackpt.session import Parent, Session
 from deltackpt.store import DEPTH_MAX, DESCRIPTOR, open_store
 from deltackpt.verify import verify
@@ -778,6 +779,18 @@ def test_a_sweep_spares_a_base_that_is_elsewhere_only_too_deep(monkeypatch):
         collect(backend)
 
 
+@pytest.mark.usefixtures("as_deltas")
+def test_a_base_that_is_left_only_too_deep_is_repaired_by_storing_it_whole():
+    backend, c, deep = with_two_copies()
+    backend = without(open_store(backend), series(2)[1]).backend
+    with pytest.raises(CorruptError, match="its pack is missing"):
+        opened(backend).load(2)
+    assert repair(backend).clean
+    assert same(opened(backend).load(2), {"w": c})
+    assert same(visible(backend, "deep"), {1: {"w": deep}})
+    assert repair(backend).actions == []
+
+
 # -- verify and stats
 
 
@@ -830,6 +843,80 @@ def test_a_delta_that_no_step_needs_may_have_lost_its_base(monkeypatch, caplog):
         collect(backend)
     assert visible(backend).keys() == {2, 3, 4, 5}
     assert verify(backend, level="decode").clean
+
+
+@pytest.fixture
+def with_a_dead_delta(monkeypatch, as_deltas):
+    """A store with a delta of depth 1 that has lost its base, and one of depth 1 to take another against."""
+    first, second = series(2)
+    third, fourth = nearly(second, 5), nearly(second, 6)
+    backend = MemoryBackend()
+    monkeypatch.setattr(gc, "plan", lambda packs, plan=gc.plan: plan(packs, waste_max=1000.0))
+    stays = {"stays": floats(9, 900)}
+    for step, state in enumerate([{"w": first}, {"w": second} | stays, stays]):
+        opened(backend).save(state, step=step)
+    opened(backend).forget([0, 1])
+    collect(backend)
+    written(open_store(backend), [third, fourth], "others")
+    assert looked_up(open_store(backend), second) == [None]
+    return backend, second, fourth
+
+
+@pytest.mark.usefixtures("as_deltas")
+def test_a_chunk_of_which_there_is_a_dead_delta_is_stored_whole(with_a_dead_delta, caplog):
+    """Or whoever looks for the copy of least depth would find the dead one."""
+    backend, second, base = with_a_dead_delta
+    with Session(open_store(backend), "again", 1) as session:
+        session.look_up(as_ids([id_of(second)]))
+        put_one(session, second, base)
+        commit(session, second)
+        assert session.rows()["depth"].tolist() == [0]
+    caplog.set_level(logging.INFO, "deltackpt")
+    assert same(opened(backend, "again").load(1), {"w": second})
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("as_deltas")
+def test_so_is_one_of_which_the_only_delta_is_condemned():
+    """Its pack may be spared for another's sake, and its base not."""
+    first, second, third = series(3)
+    store = written(a_store(), [first, second])
+    dead = frozenset([pack_of(store, second)])
+    store.backend.create_once("gc/condemn-0", GcRecord("condemn", 0, dead, 0, 2).to_bytes())
+    with Session(store, "again", 1) as session:
+        assert session.look_up(as_ids(map(id_of, [second, third]))) == [None, None]
+        for array in (second, third):
+            put_one(session, array, first)
+        session.publish(None)
+        assert session.rows()["depth"].tolist() == [0, 1]
+
+
+@pytest.mark.usefixtures("as_deltas")
+@pytest.mark.parametrize("level", ["references", "stored", "decode"])
+def test_a_dead_delta_beside_a_deeper_copy_is_no_damage(with_a_dead_delta, level):
+    backend, second, base = with_a_dead_delta
+    with Session(open_store(backend), "again", 1) as session:
+        put_one(session, second, base)  # it was not looked up: nobody knows of the dead one
+        commit(session, second)
+        assert session.rows()["depth"].tolist() == [2]
+    assert verify(backend, level=level).clean
+    if level != "references":
+        damage = verify(damaged(open_store(backend), base), level=level).damage
+        assert [d.hits for d in damage] == [["again 1: w"]] * len(damage) != []
+
+
+@pytest.mark.usefixtures("as_deltas")
+def test_a_base_too_deep_is_told_of_the_link_that_needs_it():
+    backend, c, _ = with_two_copies()
+    last = nearly(c, 7)
+    with Session(open_store(backend), "last", 1) as session:
+        put_one(session, last, c)
+        commit(session, last)
+    opened(backend).forget([2])
+    b = series(2)[1]
+    [damage] = verify(without(open_store(backend), b)).damage
+    assert (damage.key, damage.hits) == (id_of(c).hex(), ["last 1: w"])
+    assert damage.message == f"needs {id_of(b).hex()[:16]}, of less depth than 2"
 
 
 @pytest.mark.usefixtures("as_deltas")

@@ -414,6 +414,14 @@ class Index:
         """Return the `where` of each file whose rows are not in memory: who deletes it has them added."""
         return {segment.where for segment, _ in self._large if isinstance(segment, StoredSegment)}
 
+    def rows_of(self, name: PackName) -> Rows:
+        """Return what index files say stands in a pack, in the order of the pack."""
+        pairs = [(segment, numbers) for segment, numbers in self._pairs() if name in segment.packs]
+        for segment, _ in self._each(pairs, lambda segment, _: _loaded(segment)):
+            rows: Rows = segment.rows[segment.rows["pack"] == segment.packs.index(name)]
+            return rows[np.argsort(rows["offset"])]
+        return np.zeros(0, ROW)
+
     @property
     def segments(self) -> list[Segment]:
         """All segments, read and checked as a whole; together they hold every row."""

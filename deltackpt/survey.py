@@ -261,7 +261,7 @@ class _Surveyor:
         except UnsupportedVersionError:
             return None
         except CorruptError:
-            told, is_framed = _rows_of(index, name), False
+            told, is_framed = index.rows_of(name), False
         good = self._good(name, data)
         if is_framed and np.array_equal(good["offset"], told["offset"]):
             return None
@@ -470,13 +470,3 @@ def _row(offset: int, record: Record) -> Rows:
     row["offset"], row["raw_size"], row["stored_size"] = offset, record.raw_size, record.stored_size
     row["codec"], row["depth"], row["itemsize"] = record.codec, record.depth, record.itemsize
     return row
-
-
-def _rows_of(index: Index, name: PackName) -> Rows:
-    """Return what index files say stands in a pack."""
-    parts = [
-        segment.rows[segment.rows["pack"] == segment.packs.index(name)]
-        for segment in index.segments
-        if name in segment.packs
-    ]
-    return np.concatenate([np.zeros(0, ROW), *parts])

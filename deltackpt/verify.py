@@ -464,7 +464,9 @@ class _Verifier:
             return  # deleted by gc since the listing
         except FormatError as e:
             yield e.message, None
-            return
+            if not isinstance(e, CorruptError):
+                return
+            rows = self._index.rows_of(name)  # what else is wrong, and who needs it
         bases = self._decodable(rows) if self._report.level == "decode" else {}
         for row in rows:
             try:

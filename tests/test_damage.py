@@ -277,3 +277,16 @@ def test_of_a_lost_pack_every_chunk_names_the_tensors_that_need_it():
     backend.delete(min(backend.list("packs/"), key=lambda entry: -entry.size).name)
     found = {tuple(damage.hits) for damage in verify(backend).damage}
     assert found == {("main 1: a", "main 2: a"), ("main 1: b",)}
+
+
+def test_behind_a_bad_footer_a_bad_record_is_found_too():
+    backend = MemoryBackend()
+    opened(backend).save({"a": noise(1, 1000), "b": noise(2, 1000)}, step=1)
+    [key] = backend.names("packs/")
+    data = bytearray(backend.read(key))
+    data[300] ^= 1
+    data[-40] ^= 1
+    spoilt = memory_of(contents(backend) | {key: bytes(data)})
+    for level in ("stored", "decode"):
+        frame, record = verify(spoilt, level=level).damage
+        assert (frame.hits, record.hits) == ([], ["main 1: a"])

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 from abc import ABC, abstractmethod
@@ -71,7 +72,8 @@ class Tool(ABC):
         if not cls.program:
             return importlib.metadata.version(cls.module)
         done = subprocess.run([cls.program, *cls.version_arguments()], capture_output=True, text=True)
-        return next(word.strip("v,") for word in done.stdout.split() if word.strip("v,")[:1].isdigit())
+        found = re.search(r"(?:^|[\s/v])(\d+(?:\.\d+)*)(?=[\s,]|$)", done.stdout)
+        return found[1] if found else done.stdout.strip()
 
     @classmethod
     def version_arguments(cls) -> list[str]:

@@ -31,6 +31,10 @@ LOOKS = {
     "restic": ("#CC79A7", "P"),
     "borg": ("#E69F00", "X"),
     "casync": ("#0072B2", "*"),
+    # More tools than the palette has colours: greys, and a brown.
+    "DCP": ("#666666", "<"),
+    "Orbax": ("#8B5A2B", ">"),
+    "git-lfs": ("#BBBBBB", "d"),
 }
 
 
@@ -108,7 +112,7 @@ def dots_frame(results: dict[str, Any], label: str) -> tuple[Figure, Axes]:
 
 def offset(peer: str) -> float:
     """How far from its regime's line a tool is drawn, so that equal figures do not hide each other."""
-    return 0.08 * (list(LOOKS).index(peer) - (len(LOOKS) - 1) / 2)
+    return 0.72 * (list(LOOKS).index(peer) / (len(LOOKS) - 1) - 0.5)
 
 
 def dot(axes: Axes, peer: str, x: float, y: float) -> None:

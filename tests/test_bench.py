@@ -52,6 +52,14 @@ def cells(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [results["regimes"][regime]["peers"][peer] for regime in REGIMES for peer in PEERS]
 
 
+def test_every_tool_can_be_drawn(bench: None):
+    import peers
+    import plots
+
+    assert set(plots.LOOKS) == set(peers.PEERS)
+    assert len(set(plots.LOOKS.values())) == len(plots.LOOKS)
+
+
 def test_every_tool_has_a_figure_for_every_measure_of_every_regime(results: dict[str, Any]):
     measures = ["stored_size", "save_s", "restore_s", "save_memory_size", "restore_memory_size"]
     for cell in cells(results):

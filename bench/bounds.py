@@ -138,7 +138,7 @@ def series_bounds() -> Iterator[Bound]:
         )
     for regime in (*DENSE, FROZEN):
         yield Bound(
-            f"{regime}: saving, to writing every step raw with fsync ({RAW})",
+            f"{regime}: saving by {IN_TIME}, to writing every step raw with fsync ({RAW})",
             0.25 if regime == FROZEN else 1.0,
             lambda r, g=regime: save_s(r, g, IN_TIME) / save_s(r, g, RAW),
         )

@@ -214,7 +214,7 @@ def test_bounds_are_kept_or_not_or_not_measured():
     found = told(peers)
     expected = {
         "bytes, to the best of all others": (0.97, True),
-        "saving, to writing every step raw with fsync (safetensors)": (0.25, True),
+        "saving by deltackpt (time), to writing every step raw with fsync (safetensors)": (0.25, True),
         "saving, times faster than z4ai": (4, False),
         "restoring the slowest step, to the same saved alone": (2.1, False),
     }

@@ -417,7 +417,7 @@ def test_the_mode_of_one_chunk_serves_its_tensor():
 def test_a_size_that_is_only_tried_is_the_payloads(case: tuple[U8, Kind, Base], mode: Mode):
     data, kind, base = case
     planes = split(codecs.dense.NUMBER, data, kind, base, mode)
-    assert codecs.coder.stored_size(planes) == codecs.coder.encode_all([planes])[0].size
+    assert codecs.coder.stored_sizes([planes]) == [codecs.coder.encode_all([planes])[0].size]
 
 
 def test_what_is_like_nothing_in_the_base_is_stored_whole():

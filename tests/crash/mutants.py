@@ -262,7 +262,7 @@ def _(patch):
 
 @mutant("payloads are not decoded before they are written", "a save while lz4 errs")
 def _(patch):
-    patch.setattr(lz4, "encode", lambda data: lz4.lz4.block.compress(data, store_size=False))
+    patch.setattr(lz4, "encode", lambda data: lz4.lz4.block.compress(data.tobytes(), store_size=False))
 
 
 @mutant("a fork does not look its chunks up", "a fork beside a forget and a gc")

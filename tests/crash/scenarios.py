@@ -135,7 +135,7 @@ def a_pack_is_lost(disk: Disk) -> None:
 def lz4_errs(backend: Backend) -> None:
     """A save whose chunks do not come back from their blocks."""
     compress = lz4.block.compress
-    with mock.patch.object(lz4.block, "compress", lambda data, **kw: compress(data[::-1].tobytes(), **kw)):
+    with mock.patch.object(lz4.block, "compress", lambda data, **kw: compress(data[::-1], **kw)):
         saved(2)(backend)
 
 

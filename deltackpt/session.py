@@ -251,8 +251,8 @@ class Session:
         chains = Chains(self._index.packs, self._find, self._copies, self.store.depth_max)
         copies = chains.look_up(ids)
         self._dead |= chains.dead
-        missing = ids[[copy is None for copy in copies]]
-        if len(missing) and self._has_condemned:  # gc may spare the pack, and not the base
+        if self._has_condemned and None in copies:  # gc may spare a pack, and not the base
+            missing = ids[[copy is None for copy in copies]]
             _, rows = self._index.find(missing)
             self._dead.update(map(bytes, missing[rows["depth"] > 0]))
         return copies

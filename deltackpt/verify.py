@@ -416,7 +416,7 @@ class _Verifier:
         for i, is_usable in zip(deltas.tolist(), self._usable(rows[deltas]), strict=True):
             if not is_usable:
                 others = np.array(self._copies(ids[i].tobytes()), ROW)
-                rows[i] = next((row for row in others[self._usable(others)]), rows[i])
+                rows[i] = next(iter(others[self._usable(others)]), rows[i])
         return found, rows
 
     def _usable(self, rows: Rows) -> list[bool]:
